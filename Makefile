@@ -1,0 +1,41 @@
+# Two commands do all: `make train-student` (the main job from nothing) and `make test`.
+PYTHON ?= python3
+CONFIG ?= pipeline/configs/demo.yaml
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SCHOLIAST := $(BIN)/scholiast
+
+.DEFAULT_GOAL := help
+.PHONY: help cache-teachers train-student test lint clean
+
+help:  ## what can be made
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	@touch $@
+
+cache-teachers: $(BIN)/.installed  ## stage one: every teacher once over the corpus (CONFIG=path)
+	$(SCHOLIAST) cache-teachers $(CONFIG)
+
+train-student: cache-teachers  ## the whole job: cache, train, evaluate, report (CONFIG=path)
+	$(SCHOLIAST) train-student $(CONFIG)
+	$(SCHOLIAST) evaluate --quiet $(CONFIG) > /dev/null
+	$(SCHOLIAST) report $(CONFIG)
+
+lint: $(BIN)/.installed-test  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, then every test
+	$(BIN)/python -m pytest
+
+clean:  ## remove the virtual environment (runs/ is yours and stays)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

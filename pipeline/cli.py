@@ -1,0 +1,291 @@
+"""The command line: each command parses, then calls. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from storage.errors import ScholiastError
+
+if TYPE_CHECKING:
+    from pipeline.console import Console
+    from pipeline.workspace import Workspace
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+class ScholiastGroup(click.Group):
+    """Shows errors as one message without a traceback, unless --debug is given."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        debug = "--debug" in (kwargs.get("args") or sys.argv)
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": True})
+        except ScholiastError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error.strerror or error}: {error.filename or ''}", err=True)
+            sys.exit(1)
+        except Exception as error:
+            if debug:
+                raise
+            click.echo(
+                f"error: unexpected {type(error).__name__}: {error}\n"
+                "  to do:     run again with --debug for the traceback, and report it", err=True
+            )  # fmt: skip
+            sys.exit(1)
+
+
+def run_options(command: F) -> F:
+    """CONFIG, --set, --quiet and --debug: the same for every command."""
+    decorators: list[Callable[[F], F]] = [
+        click.option("--debug", is_flag=True, help="Show tracebacks."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+            help="Lay a value over the configuration, e.g. --set train.lr=3e-4. Repeatable.",
+        ),
+        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
+    ]  # fmt: skip
+    for decorator in decorators:
+        command = decorator(command)
+    return command
+
+
+def json_option(command: F) -> F:
+    """--json, for commands that print results."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def open_workspace(
+    config: Path, overrides: Sequence[str], quiet: bool
+) -> tuple[Workspace, Console]:
+    """Reads the configuration and opens its workspace."""
+    from pipeline.config import load_config
+    from pipeline.console import Console
+    from pipeline.workspace import Workspace
+
+    console = Console(quiet)
+    return Workspace(load_config(config, overrides), console), console
+
+
+@click.group(cls=ScholiastGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="scholiast", message="scholiast %(version)s")
+def main() -> None:
+    """Distil several teachers into one small student, one model in memory at a time.
+
+    \b
+    prepare         documents → packed token blocks
+    cache-teachers  each teacher once over the blocks → sparse notes on disk
+    train-student   the student on the teachers' fused notes
+    evaluate        held-out figures; report: HTML, Markdown and JSON of them
+
+    Every command can be interrupted and run again: it goes on where it stopped.
+
+    \b
+    Example:
+      scholiast plan pipeline/configs/demo.yaml
+      scholiast cache-teachers pipeline/configs/demo.yaml
+      scholiast train-student pipeline/configs/demo.yaml --set train.lr=5e-4
+    """
+
+
+@main.command()
+@run_options
+def prepare(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Tokenise and pack the corpus.
+
+    \b
+    Example: scholiast prepare my.yaml --set corpus.block_length=2048
+    """
+    work, _ = open_workspace(config, overrides, quiet)
+    info = work.prepare()
+    click.echo(
+        f"corpus complete: {info.tokens:,} tokens in {info.blocks:,} blocks of {info.block_length} "
+        f"({info.parts} parts) in {work.config.corpus_folder}"
+    )
+
+
+@main.command("cache-teachers")
+@run_options
+def cache_teachers(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Run each teacher once over the corpus and store its notes.
+
+    Prepares the corpus first if it is not prepared. Finished parts are kept.
+
+    \b
+    Example: scholiast cache-teachers my.yaml --set device=cuda:1
+    """
+    from pipeline.console import human_bytes
+
+    work, _ = open_workspace(config, overrides, quiet)
+    jobs = work.cache_teachers()
+    costs = work.cache_costs(jobs)
+    size = sum(cost["bytes"] for cost in costs.values())
+    per_token = size / sum(cost["tokens"] for cost in costs.values())
+    click.echo(
+        f"cache complete: {len(jobs)} teachers, {human_bytes(size)}, {per_token:.0f} bytes per token "
+        f"and teacher, in {work.config.cache_folder}"
+    )
+
+
+@main.command("train-student")
+@run_options
+def train_student(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Train the student on the fused notes of the teachers.
+
+    Needs a complete cache. Goes on from the newest checkpoint.
+
+    \b
+    Example: scholiast train-student my.yaml --set loss.alpha=1.0 --set run_dir=runs/kd-only
+    """
+    work, _ = open_workspace(config, overrides, quiet)
+    for run in work.train_students().values():
+        click.echo(f"student trained: {run.steps} steps, in {run.model_folder}")
+
+
+@main.command()
+@json_option
+@run_options
+def evaluate(
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool
+) -> None:
+    """Measure teachers, their ensemble and the students on the held-out blocks.
+
+    \b
+    Example: scholiast evaluate my.yaml --json > figures.json
+    """
+    from pipeline.report import summary
+
+    work, console = open_workspace(config, overrides, quiet)
+    result = work.evaluate()
+    if as_json:
+        click.echo(json_module.dumps(result, indent=1))
+        return
+    table = summary(result)
+    console.table(table.headers, table.rows)
+    click.echo(table.verdict)
+
+
+@main.command()
+@run_options
+def report(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Write the report of an evaluated run (HTML with plots, Markdown, JSON).
+
+    \b
+    Example: scholiast report my.yaml
+    """
+    from pipeline.report import summary, write_report
+
+    work, console = open_workspace(config, overrides, quiet)
+    files = write_report(work.config.run)
+    evaluation = json_module.loads((work.config.run / "evaluation.json").read_text())
+    table = summary(evaluation)
+    console.table(table.headers, table.rows)
+    click.echo(f"\n{table.verdict}\n")
+    for kind, path in files.items():
+        click.echo(f"report ({kind}):  {path}")
+    for path in sorted((work.config.run / "students").glob("*/model")):
+        click.echo(f"student:        {path}")
+
+
+@main.command()
+@click.option("--prompt", "-p", help="Text to continue; read from standard input if not given.")
+@click.option("--student", default="fused", show_default=True, help="Which trained student.")
+@click.option("--new-tokens", default=80, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0), help="0 is greedy."
+)
+@click.option("--seed", default=0, show_default=True)
+@run_options
+def generate(
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, prompt: str | None,
+    student: str, new_tokens: int, temperature: float, seed: int,
+) -> None:  # fmt: skip
+    """Show what a trained student writes after a prompt.
+
+    \b
+    Example: scholiast generate my.yaml -p "In the beginning" --temperature 0.8
+    """
+    work, _ = open_workspace(config, overrides, quiet)
+    text = prompt if prompt is not None else click.get_text_stream("stdin").read()
+    click.echo(text + work.generate(student, text, new_tokens, temperature, seed))
+
+
+@main.command()
+@json_option
+@run_options
+def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
+    """Say what a run will take and what is already done, before anything runs.
+
+    \b
+    Example: scholiast plan my.yaml --set store.k=32
+    """
+    from dataclasses import asdict
+
+    from pipeline.console import duration, human_bytes
+    from pipeline.plan import make_plan
+
+    work, console = open_workspace(config, overrides, quiet)
+    rows, facts = make_plan(work)
+    if as_json:
+        click.echo(json_module.dumps({**facts, "steps": [asdict(row) for row in rows]}, indent=1))
+        return
+    about = "about " if facts["estimated"] else ""
+    click.echo(
+        f"{about}{facts['tokens']:,} tokens in {facts['blocks']:,} blocks, {facts['parts']:,} parts\n"
+    )
+    console.table(
+        ["step", "done", "of", "on disk", "time left", "basis"],
+        [
+            [
+                row.step, f"{row.done:,}", f"{row.total:,}", human_bytes(row.size_bytes),
+                "–" if row.seconds is None else duration(row.seconds), row.basis,
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+    total = sum(row.seconds or 0.0 for row in rows)
+    size = human_bytes(sum(row.size_bytes for row in rows))
+    click.echo(f"\nin all: {size} on disk, {duration(total)} to go on this machine")
+
+
+@main.command()
+@json_option
+@run_options
+def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
+    """Say what is done: corpus, parts of each teacher, steps of each student.
+
+    \b
+    Example: scholiast status my.yaml
+    """
+    from pipeline.status import read_status
+
+    work, console = open_workspace(config, overrides, quiet)
+    rows = read_status(work)
+    if as_json:
+        click.echo(json_module.dumps(rows, indent=1))
+        return
+    console.table(
+        ["step", "state", "done", "of"],
+        [
+            [r["step"], r["state"], f"{r['done']:,}", f"{r['total']:,}" if r["total"] else "?"]
+            for r in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""One YAML file → one strict, frozen configuration; `--set a.b=c` lays values over it.
+
+An unknown key is an error that names its dotted path and the nearest valid name. Paths are relative
+to the folder the command runs in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from stages.options import (
+    CorpusOptions,
+    EvaluateOptions,
+    FusionOptions,
+    LossOptions,
+    Options,
+    StoreOptions,
+    StudentOptions,
+    TeacherOptions,
+    TrainOptions,
+)
+from storage.errors import ConfigError
+
+
+class RunConfig(Options):
+    """The whole of a run."""
+
+    name: str = Field("run", min_length=1, description="Shown in the report.")
+    run_dir: str = Field(description="Folder for students, evaluation and report.")
+    corpus_dir: str | None = Field(None, description="Prepared blocks; default run_dir/corpus.")
+    cache_dir: str | None = Field(None, description="Teachers' notes; default run_dir/cache.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads of torch; all cores if not given."
+    )
+    assets: Literal["demo"] | None = Field(
+        None, description="demo: first build the demonstration's models and text."
+    )
+    corpus: CorpusOptions
+    teachers: Annotated[dict[str, TeacherOptions], Field(min_length=1)]
+    store: StoreOptions = StoreOptions()
+    fusion: FusionOptions = FusionOptions()
+    student: StudentOptions
+    loss: LossOptions = LossOptions()
+    train: TrainOptions
+    evaluate: EvaluateOptions = EvaluateOptions()
+
+    @field_validator("teachers")
+    @classmethod
+    def _names(cls, teachers: dict[str, TeacherOptions]) -> dict[str, TeacherOptions]:
+        for name in teachers:
+            if (
+                not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+                or name[0] == "."
+            ):
+                raise ValueError(f"{name!r} is a folder's name: letters, digits, '-', '_', '.'")
+        return teachers
+
+    @property
+    def run(self) -> Path:
+        return Path(self.run_dir)
+
+    @property
+    def corpus_folder(self) -> Path:
+        return Path(self.corpus_dir) if self.corpus_dir else self.run / "corpus"
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else self.run / "cache"
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the configuration in a file with overrides laid over it.
+
+    Args:
+        path: a YAML file.
+        overrides: texts like "train.lr=3e-4"; the value is YAML; list items by index.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; every problem is listed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"the configuration cannot be read: {error.strerror}", where=path,
+            todo="give the path of a YAML file, such as pipeline/configs/demo.yaml",
+        ) from error  # fmt: skip
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the configuration is not YAML", where=path, found=" ".join(str(error).split()),
+            todo="mend the line named",
+        ) from error  # fmt: skip
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            "the configuration is not a mapping", where=path, found=type(raw).__name__,
+            todo="write keys and values, as in pipeline/configs/demo.yaml",
+        )  # fmt: skip
+    for text in overrides:
+        _override(raw, text)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            "an override is not key=value",
+            where="--set",
+            found=text,
+            todo="write --set train.lr=3e-4",
+        )
+    node: Any = raw
+    *path, last = key.split(".")
+    try:
+        parsed = _yaml_value(value)
+        for name in path:
+            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+        if isinstance(node, list):
+            node[int(last)] = parsed
+        else:
+            node[last] = parsed
+    except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "an override does not fit the configuration", where=f"--set {text}", found=str(error),
+            todo="check the dotted key; list items are named by their index, from 0",
+        ) from error  # fmt: skip
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, path: Path) -> ConfigError:
+    problems = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{key}: unknown key{_nearest(item['loc'])}")
+        elif item["type"] == "missing":
+            problems.append(f"{key}: missing")
+        else:
+            problems.append(f"{key}: {item['msg']} (found {item['input']!r:.60})")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    listed = "\n             ".join(problems)
+    return ConfigError(
+        f"the configuration is not valid: {problems[0]}{more}", where=path,
+        expected="keys and values as in pipeline/README.md", found=listed,
+        todo="mend the keys named",
+    )  # fmt: skip
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    """Returns a hint: the valid name most like an unknown key, or the valid names."""
+    names = sorted(_fields_at(loc[:-1]))
+    close = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid here: {', '.join(names)}" if names else ""
+
+
+def _fields_at(loc: Sequence[int | str]) -> Mapping[str, Any]:
+    """Returns the fields of the model that lies at a place in the configuration."""
+    model: Any = RunConfig
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            if part not in model.model_fields:
+                return {}
+            model = model.model_fields[str(part)].annotation
+        model = _inner_model(model)
+        if model is None:
+            return {}
+    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+
+
+def _inner_model(annotation: Any) -> Any:
+    """Returns the model inside dict[str, Model], tuple[Model, ...] or Model | …"""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None

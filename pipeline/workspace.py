@@ -1,0 +1,351 @@
+"""A configuration at work: the one place that turns options into calls of the stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import RunConfig
+from stages.model_files import locate, model_identity, parameters, read_config
+from stages.options import LossOptions
+from stages.progress import Progress
+from stages.teacher_jobs import TeacherJob, plan_jobs, read_log, stored_bytes
+from storage import durable
+from storage.blocks import CorpusInfo
+from storage.errors import ConfigError, IncompleteCache
+from storage.fingerprint import HashMemo, fingerprint
+
+if TYPE_CHECKING:
+    from stages.batches import BatchReader
+    from stages.train_student import Run
+
+FUSED, BASELINE, BEFORE = "fused", "cross_entropy", "before"
+
+
+class Workspace:
+    """Folders, identities and stages of one run. Heavy imports happen where they are needed.
+
+    Args:
+        config: the run.
+        progress: who listens to long work.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.memo = HashMemo(config.run / "hashes.json")
+
+    # -- stage zero and one
+
+    def ensure_assets(self) -> None:
+        """Builds the demonstration's models and text if the configuration asks for them."""
+        if self.config.assets == "demo":
+            from pipeline.demo import build
+
+            build(self.config.run / "assets", self.progress.say)
+
+    def prepared(self) -> CorpusInfo | None:
+        """Returns the corpus if it is complete and the one configured.
+
+        Raises:
+            StaleCache, CorpusError, TeacherError
+        """
+        from stages.corpus_identity import require_corpus
+
+        return require_corpus(self.config.corpus, self.config.corpus_folder, self.memo)[1]
+
+    def prepare(self) -> CorpusInfo:
+        """Does what is left of stage zero."""
+        self.ensure_assets()
+        info = self.prepared()
+        if info is None:
+            from stages.corpus import prepare
+
+            info = prepare(self.config.corpus, self.config.corpus_folder, self.memo, self.progress)
+        return info
+
+    def jobs(self, info: CorpusInfo) -> list[TeacherJob]:
+        """Returns what each teacher has done and has to do."""
+        config = self.config
+        return plan_jobs(config.teachers, config.store, info, config.cache_folder, self.memo)
+
+    def cache_teachers(self) -> list[TeacherJob]:
+        """Does what is left of stage one; returns the finished jobs."""
+        info = self.prepare()
+        jobs = self.jobs(info)
+        if any(job.pending for job in jobs):
+            self._setup_torch()
+            from stages.cache_teachers import cache_teachers
+            from stages.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
+            cache_teachers(
+                jobs, self.config.store, self.config.corpus_folder, tokenizer, self.config.device,
+                self.progress,
+            )  # fmt: skip
+            jobs = self.jobs(info)
+        return jobs
+
+    def finished_jobs(self) -> tuple[CorpusInfo, list[TeacherJob]]:
+        """Returns corpus and jobs of a complete cache.
+
+        Raises:
+            IncompleteCache: says which teachers miss how many parts.
+        """
+        info = self.prepared()
+        if info is None:
+            raise IncompleteCache(
+                "the corpus has not been prepared", where=self.config.corpus_folder,
+                todo="run `scholiast cache-teachers` with this configuration first",
+            )  # fmt: skip
+        jobs = self.jobs(info)
+        missing = [
+            f"{job.name}: {len(job.pending)} of {job.layout.parts}" for job in jobs if job.pending
+        ]
+        if missing:
+            raise IncompleteCache(
+                "the teachers' cache is not complete", where=self.config.cache_folder,
+                expected="every part of every teacher", found=f"parts missing: {'; '.join(missing)}",
+                todo="run `scholiast cache-teachers` with this configuration first",
+            )  # fmt: skip
+        return info, jobs
+
+    # -- stage two
+
+    def runs(self, info: CorpusInfo, jobs: list[TeacherJob]) -> dict[str, Run]:
+        """Returns the trainings that the configuration asks for: the fused student, the baseline."""
+        import torch
+
+        from stages.train_student import Run
+
+        config = self.config
+        folder = self._student_folder()
+        dtype = read_config(folder, "student.model").get("dtype") or "float32"
+        heldout, train = info.block_ids("heldout"), info.block_ids("train")
+        losses = {FUSED: config.loss}
+        if config.train.baseline:
+            losses[BASELINE] = LossOptions(
+                alpha=0.0,
+                temperature=config.loss.temperature,
+                chunk_tokens=config.loss.chunk_tokens,
+            )
+        runs = {}
+        for name, loss in losses.items():
+            identity = {
+                "corpus": info.fingerprint,
+                "caches": {job.name: fingerprint(job.identity) for job in jobs}
+                if name == FUSED
+                else {},
+                "student": {
+                    "files": model_identity(folder, "student.model", self.memo),
+                    **config.student.model_dump(mode="json", exclude={"model", "revision"}),
+                },
+                "fusion": config.fusion.model_dump(mode="json") if name == FUSED else {},
+                "loss": loss.model_dump(mode="json"),
+                "train": config.train.model_dump(
+                    mode="json",
+                    exclude={
+                        "baseline",
+                        "keep_checkpoints",
+                        "checkpoint_every",
+                        "log_every",
+                        "eval_every",
+                    },
+                ),
+            }
+            runs[name] = Run(
+                config.run / "students" / name, identity, config.train, loss, train, heldout,
+                getattr(torch, dtype),
+            )  # fmt: skip
+        return runs
+
+    def train_students(self) -> dict[str, Run]:
+        """Trains what is not trained yet.
+
+        Raises:
+            IncompleteCache: stage one is not finished.
+        """
+        self.ensure_assets()
+        info, jobs = self.finished_jobs()
+        self._setup_torch()
+        from stages.tokenizer import load_tokenizer, require_same_tokenizer
+        from stages.train_student import finished
+
+        runs = self.runs(info, jobs)
+        waiting = {name: run for name, run in runs.items() if not finished(run)}
+        if waiting:
+            ours = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
+            theirs = load_tokenizer(self._student_folder(), "student.model")
+            require_same_tokenizer(ours, theirs, "the corpus", "the student")
+        for name, run in waiting.items():
+            self._train(name, run, jobs, theirs)
+        return runs
+
+    def _train(self, name: str, run: Run, jobs: list[TeacherJob], tokenizer: Any) -> None:
+        import torch
+
+        from stages.device import choose_device
+        from stages.features import resolve_pairs
+        from stages.student import DistilledStudent, build_student
+        from stages.train_student import Trainer
+
+        torch.manual_seed(run.train.seed)  # the projections' first values
+        device = choose_device(self.config.device)
+        model = build_student(self.config.student, self._student_folder(), device)
+        layouts = {job.name: job.layout for job in jobs}
+        pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
+        sizes = {n: one.hidden_size for n, one in layouts.items()}
+        bf16 = run.train.precision == "bf16"
+        student = DistilledStudent(model, run.loss, bf16, pairs, sizes).to(device)
+        full = self.batch_reader()
+        reader = full if name == FUSED else self.batch_reader(teachers=False)
+        Trainer(run, student, tokenizer, reader, full, self.progress).train()
+
+    def batch_reader(self, teachers: bool = True) -> BatchReader:
+        """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
+        from stages.batches import BatchReader
+        from storage.blocks import BlockReader
+        from storage.reader import CacheReader
+
+        config = self.config
+        caches = {
+            name: CacheReader(config.cache_folder / name, name)
+            for name in (config.teachers if teachers else {})
+        }
+        return BatchReader(
+            BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion
+        )
+
+    # -- evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json.
+
+        Raises:
+            IncompleteCache: a student is not trained.
+        """
+        self.ensure_assets()
+        info, jobs = self.finished_jobs()
+        self._setup_torch()
+        from pipeline.evaluation import evaluate
+
+        runs = self.runs(info, jobs)
+        for name, run in runs.items():
+            if not (run.model_folder / "scholiast.json").exists():
+                raise IncompleteCache(
+                    f"the student {name!r} has not been trained", where=run.model_folder,
+                    todo="run `scholiast train-student` with this configuration first",
+                )  # fmt: skip
+        result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs)}
+        path = self.config.run / "evaluation.json"
+        durable.write_bytes(path, json.dumps(result, indent=1).encode())
+        return result
+
+    def provenance(self, info: CorpusInfo, jobs: list[TeacherJob]) -> dict[str, Any]:
+        """Returns what the figures belong to: fingerprints, versions, configuration."""
+        packages = ("scholiast", "torch", "transformers", "datasets", "zarr", "numcodecs", "pcodec")
+        return {
+            "name": self.config.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in packages},
+            },
+            "fingerprints": {
+                "corpus": info.fingerprint,
+                "caches": {job.name: fingerprint(job.identity) for job in jobs},
+            },
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def cache_costs(self, jobs: list[TeacherJob]) -> dict[str, dict[str, Any]]:
+        """Returns, per teacher, the cache's size by array and what stage one took."""
+        return {job.name: _cache_cost(job) for job in jobs}
+
+    def generate(
+        self, student: str, prompt: str, new_tokens: int, temperature: float, seed: int
+    ) -> str:
+        """Returns what a trained student writes after a prompt.
+
+        Raises:
+            IncompleteCache: there is no such student.
+            ConfigError: the prompt is empty.
+        """
+        folder = self.config.run / "students" / student / "model"
+        if not folder.is_dir():
+            raise IncompleteCache(
+                f"there is no trained student {student!r}", where=folder,
+                todo="run `scholiast train-student`, or name another with --student",
+            )  # fmt: skip
+        self._setup_torch()
+        import torch
+
+        from pipeline.evaluation import generate
+        from stages.device import choose_device
+        from stages.teacher import load_causal_lm
+        from stages.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(folder, "student")
+        tokens = tokenizer(prompt)["input_ids"]
+        if not tokens:
+            raise ConfigError("the prompt is empty", where="--prompt", todo="give some text")
+        model = load_causal_lm(
+            folder, f"student {student}", dtype=torch.float32, attention="sdpa",
+            device=choose_device(self.config.device),
+            trust_remote_code=self.config.student.trust_remote_code,
+        )  # fmt: skip
+        return generate(model, tokenizer, tokens, new_tokens, temperature, seed)
+
+    # -- small things
+
+    def _tokenizer_folder(self) -> Path:
+        corpus = self.config.corpus
+        return locate(
+            corpus.tokenizer, corpus.tokenizer_revision, "corpus.tokenizer", weights=False
+        )
+
+    def _student_folder(self) -> Path:
+        student = self.config.student
+        return locate(student.model, student.revision, "student.model")
+
+    def _setup_torch(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.config.threads or len(os.sched_getaffinity(0)))
+        quiet_transformers()
+
+
+def quiet_transformers() -> None:
+    """Silences advice and bars of libraries that would break our own output; errors still raise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _cache_cost(job: TeacherJob) -> dict[str, Any]:
+    from storage import manifest
+
+    tokens = job.layout.blocks * job.layout.block_length
+    arrays: dict[str, float] = {}
+    for part in job.done:
+        vouched = manifest.load(job.root, part)
+        for name, (size, _) in (vouched.objects if vouched else {}).items():
+            array = name.split("/")[1]
+            arrays[array] = arrays.get(array, 0.0) + size / tokens
+    log = read_log(job.root)
+    seconds = sum(row["seconds"] for row in log)
+    size = stored_bytes(job)
+    return {
+        "parameters": parameters(job.folder, f"teachers.{job.name}.model"),
+        "bytes": size, "tokens": tokens, "bytes_per_token": size / tokens, "arrays": arrays,
+        "tokens_per_second": sum(row["tokens"] for row in log) / seconds if seconds else None,
+        "peak_bytes": max((row["peak_bytes"] for row in log), default=None),
+        "device": log[-1]["device"] if log else None,
+    }  # fmt: skip

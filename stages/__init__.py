@@ -1,0 +1,1 @@
+"""What is computed: corpus, teachers' notes, fusion, losses, the student's training."""

@@ -1,0 +1,219 @@
+"""Blocks in a reproducible order, joined over the teachers, as batches ready for the student.
+
+The order is a function of (seed, epoch, corpus fingerprint) alone. A position in it is
+{epoch, samples consumed}, so a run resumes by arithmetic, not by skipping. The next step's batches
+are read and fused in a thread while the current one trains.
+
+Shapes: B blocks, T tokens, R rows with a target, G segments, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.fusion import FusedTarget, fuse
+from stages.options import FusionOptions
+from storage.blocks import BlockReader
+from storage.errors import StaleCache
+from storage.fingerprint import fingerprint
+from storage.reader import CacheReader
+from storage.types import Int64, TokenBlocks
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next sample lies in the endless sequence of epochs."""
+
+    epoch: int = 0
+    consumed: int = 0
+
+
+class BlockOrder:
+    """A fresh permutation of some blocks for every epoch.
+
+    Args:
+        block_ids: the blocks, ascending.
+        seed: of the run.
+        corpus: fingerprint of the corpus.
+    """
+
+    def __init__(self, block_ids: Int64, seed: int, corpus: str) -> None:
+        self._ids, self._seed, self._corpus = block_ids, seed, corpus
+        self._epoch, self._order = -1, block_ids
+
+    def epoch(self, epoch: int) -> Int64:
+        """Returns the epoch's order, int64 [N]."""
+        if epoch != self._epoch:
+            seed = int(fingerprint([self._seed, epoch, self._corpus])[:16], 16)
+            order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self._ids))
+            self._epoch, self._order = epoch, self._ids[order]
+        return self._order
+
+    def take(self, position: Position, count: int) -> tuple[Int64, Position]:
+        """Returns the next `count` blocks, running on into the next epoch, and what follows them."""
+        taken = []
+        while count:
+            piece = self.epoch(position.epoch)[position.consumed : position.consumed + count]
+            taken.append(piece)
+            count -= len(piece)
+            consumed = position.consumed + len(piece)
+            rolled = consumed == len(self._ids)
+            position = Position(position.epoch + rolled, 0 if rolled else consumed)
+        return np.concatenate(taken), position
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the student's forward needs of some blocks.
+
+    Attributes:
+        inputs, positions: int64 [B, T].
+        present: bool [B, T], rows that hold a token.
+        scored: bool [B, T], rows that have a target: R of them.
+        gold: int64 [R].
+        domain: int64 [B], index into the corpus's domains.
+        target: fused target of the R rows, or None where only gold tokens are wanted.
+        features: (teacher, layer) → float32 [B, G, D].
+        segment_weights: teacher → fused weight averaged over each segment's scored rows [B, G]
+            (0 where a segment has none).
+    """
+
+    inputs: Tensor
+    positions: Tensor
+    present: Tensor
+    scored: Tensor
+    gold: Tensor
+    domain: Tensor
+    target: FusedTarget | None
+    features: dict[tuple[str, int], Tensor]
+    segment_weights: dict[str, Tensor]
+
+    @property
+    def rows(self) -> int:
+        """R, rows with a target."""
+        return len(self.gold)
+
+    @property
+    def row_domain(self) -> Tensor:
+        """int64 [R], the domain of each row."""
+        return self.domain[:, None].expand_as(self.scored)[self.scored]
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on a device."""
+        move = {
+            name: getattr(self, name).to(device)
+            for name in ("inputs", "positions", "present", "scored", "gold", "domain")
+        }
+        target = self.target
+        if target is not None:
+            fields = ("ids", "logp", "p", "tail", "weights")
+            target = replace(target, **{n: getattr(target, n).to(device) for n in fields})
+        return replace(
+            self, **move, target=target,
+            features={key: value.to(device) for key, value in self.features.items()},
+            segment_weights={key: value.to(device) for key, value in self.segment_weights.items()},
+        )  # fmt: skip
+
+
+class BatchReader:
+    """Joins corpus and caches by block id and fuses the targets.
+
+    Args:
+        corpus: the tokenised corpus.
+        caches: teacher → cache; empty for gold tokens alone.
+        temperature: of the fused target.
+        options: how the teachers are weighted.
+
+    Raises (on construction):
+        StaleCache: a cache belongs to another corpus.
+    """
+
+    def __init__(
+        self,
+        corpus: BlockReader,
+        caches: Mapping[str, CacheReader],
+        temperature: float,
+        options: FusionOptions,
+    ) -> None:
+        for name, cache in caches.items():
+            if cache.identity["corpus"] != corpus.info.fingerprint:
+                raise StaleCache(
+                    f"the cache of teacher {name!r} belongs to another corpus", where=cache.root,
+                    expected=corpus.info.fingerprint[:16], found=cache.identity["corpus"][:16],
+                    todo="run `scholiast cache-teachers` with another cache_dir",
+                )  # fmt: skip
+        self.corpus, self.caches = corpus, dict(caches)
+        self._temperature, self._options = temperature, options
+
+    def read(self, block_ids: Int64) -> Batch:
+        """Returns the batch of these blocks, on the CPU.
+
+        Raises:
+            MissingShard, CorruptShard, IncompleteCache, ConfigError
+        """
+        blocks = self.corpus.read(block_ids)
+        scored = blocks.scored
+        batch = Batch(
+            inputs=torch.from_numpy(blocks.inputs.astype(np.int64)),
+            positions=torch.from_numpy(blocks.positions),
+            present=torch.from_numpy(blocks.present),
+            scored=torch.from_numpy(scored),
+            gold=torch.from_numpy(blocks.gold.astype(np.int64)[scored]),
+            domain=torch.from_numpy(self.corpus.info.domain_of(block_ids)),
+            target=None, features={}, segment_weights={},
+        )  # fmt: skip
+        return self._with_notes(batch, blocks) if self.caches else batch
+
+    def _with_notes(self, batch: Batch, blocks: TokenBlocks) -> Batch:
+        notes = {name: cache.read(blocks.block_ids) for name, cache in self.caches.items()}
+        layout = next(iter(self.caches.values())).layout
+        target = fuse(
+            notes, blocks.scored, layout.temperatures, self.corpus.info.vocab_size,
+            self._temperature, self._options,
+        )  # fmt: skip
+        features = {
+            (name, layer): torch.from_numpy(values)
+            for name, note in notes.items()
+            for layer, values in note.features.layers.items()
+        }
+        weights = {
+            name: segment_means(row, batch.scored, layout.segments)
+            for name, row in zip(notes, target.weights, strict=True)
+        }
+        return replace(batch, target=target, features=features, segment_weights=weights)
+
+
+def segment_means(values_R: Tensor, scored_BT: Tensor, segments: int) -> Tensor:
+    """Returns the mean of a row value over each segment's scored rows, float32 [B, G] (0 if none)."""
+    dense = torch.zeros(scored_BT.shape).masked_scatter_(scored_BT, values_R.float())
+    length = scored_BT.shape[1]
+    means = []
+    for g in range(segments):
+        span = slice(g * length // segments, (g + 1) * length // segments)
+        means.append(dense[:, span].sum(1) / scored_BT[:, span].sum(1).clamp_min(1))
+    return torch.stack(means, 1)
+
+
+def steps_of_batches(
+    reader: BatchReader, order: BlockOrder, position: Position, batch_blocks: int, accumulate: int
+) -> Generator[tuple[list[Batch], Position], None, None]:
+    """Yields each optimizer step's batches and the position after it, one step read ahead."""
+
+    def load(start: Position) -> tuple[list[Batch], Position]:
+        ids, after = order.take(start, batch_blocks * accumulate)
+        return [
+            reader.read(ids[i : i + batch_blocks]) for i in range(0, len(ids), batch_blocks)
+        ], after
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        pending = pool.submit(load, position)
+        while True:
+            batches, position = pending.result()
+            pending = pool.submit(load, position)
+            yield batches, position

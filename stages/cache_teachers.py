@@ -1,0 +1,116 @@
+"""Stage one: each teacher once over the corpus, one in memory at a time, part by part.
+
+The task is stateless: a part whose manifest stands is skipped, any other is computed and committed.
+Cost: one forward of the teacher per block; memory: the teacher, one batch's hidden states, one
+chunk of logits and one part of notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.annotate import PartAnnotator
+from stages.device import Usage, choose_device
+from stages.options import StoreOptions
+from stages.progress import Progress
+from stages.teacher import TransformersTeacher, require_fit
+from stages.teacher_jobs import TeacherJob, append_log
+from stages.tokenizer import load_tokenizer, require_same_tokenizer
+from storage.blocks import BlockReader
+from storage.durable import require_free
+from storage.writer import CacheWriter
+
+
+def cache_teachers(
+    jobs: Sequence[TeacherJob],
+    store: StoreOptions,
+    corpus_dir: Path,
+    tokenizer: Any,
+    device_name: str,
+    progress: Progress,
+) -> None:
+    """Computes every pending part of every job.
+
+    Args:
+        jobs: from `plan_jobs`.
+        store: what is kept, for the chunk size.
+        corpus_dir: the complete corpus.
+        tokenizer: the corpus's tokenizer, which every teacher must share.
+        device_name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        VocabularyMismatch, TeacherError, NonFiniteLogits, DiskFull, CorruptShard: parts finished
+            before are kept.
+    """
+    device = choose_device(device_name)
+    waiting = [job for job in jobs if job.pending]
+    for job in waiting:  # before the first hour is spent
+        theirs = load_tokenizer(
+            job.folder, f"teachers.{job.name}.model",
+            trust_remote_code=job.options.trust_remote_code,
+        )  # fmt: skip
+        require_same_tokenizer(tokenizer, theirs, "the corpus", f"teacher {job.name!r}")
+        require_free(job.root, job.expected_bytes(), f"the cache of teacher {job.name!r}")
+    reader = BlockReader(corpus_dir)
+    for job in waiting:
+        _cache_one(job, store, reader, device, progress)
+
+
+def _cache_one(
+    job: TeacherJob,
+    store: StoreOptions,
+    reader: BlockReader,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    teacher = TransformersTeacher(job.name, job.folder, job.options, device)
+    try:
+        require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
+        writer = CacheWriter(job.root, job.identity, job.layout)
+        annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens)
+        total = job.layout.blocks * job.layout.block_length
+        left = sum(_tokens(job, part) for part in job.pending)
+        progress.start(f"cache {job.name}", total, "token", total - left)
+        for part in job.pending:
+            _do_part(job, part, annotator, writer, reader, device, progress)
+        progress.finish()
+    finally:
+        teacher.close()
+
+
+def _do_part(
+    job: TeacherJob,
+    part: int,
+    annotator: PartAnnotator,
+    writer: CacheWriter,
+    reader: BlockReader,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    tokens, usage = _tokens(job, part), Usage(device)
+    raw = int(job.layout.bytes_per_token_raw() * tokens)
+    require_free(job.root, raw, f"part {part} of teacher {job.name!r}")
+    arrays = annotator.annotate(reader.part(part), job.options.batch_blocks, progress.advance)
+    computed = usage.seconds
+    writer.write_part(part, arrays)
+    append_log(
+        job.root,
+        {
+            "part": part, "tokens": tokens, "seconds": usage.seconds,
+            "write_seconds": usage.seconds - computed, "peak_bytes": usage.peak_bytes,
+            "device": _device_name(device),
+        },
+    )  # fmt: skip
+
+
+def _tokens(job: TeacherJob, part: int) -> int:
+    first, last = job.layout.part_range(part)
+    return (last - first) * job.layout.block_length
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,155 @@
+"""The language-model head: hidden states → float32 logits, a chunk of rows at a time.
+
+Shapes: C rows of a chunk, D hidden, P rows of the head's matrix (the vocabulary and its padding).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def _bfloat16_factors() -> Iterator[None]:
+    """Lets oneDNN multiply float32 operands as bfloat16, accumulating and returning float32.
+
+    For operands that are bfloat16 values this is exact up to the order of the sums, and on CPUs with
+    bfloat16 units several times faster than float32 products; elsewhere oneDNN ignores it.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def product(a: Tensor, b: Tensor, bfloat16: bool) -> Tensor:
+    """Returns a @ b in float32, with float32 accumulation.
+
+    Args:
+        a, b: matrices; rounded to bfloat16 first if `bfloat16`, else taken in float32 (float64
+            stays float64).
+    """
+    if not bfloat16:
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return a.to(wide) @ b.to(wide)
+    if a.device.type == "cuda":
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    with _bfloat16_factors():
+        return a.float() @ b.float()
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What a model does to the head's product: multiply, then cap (z → c·tanh(z/c))."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> HeadRule:
+        """Reads the rule from a transformers configuration.
+
+        Granite divides by `logits_scaling` (HyperCLOVA X multiplies), Cohere multiplies by
+        `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Gemma caps.
+        """
+        config = config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+        scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+        multiplies = str(config.model_type).startswith("hyperclovax")
+        scale *= scaling if multiplies else 1.0 / scaling
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(scale, float(cap) if cap else None)
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Turns products into logits, in place."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Turns d/d logits into d/d products, in place; `logits` are those `apply_` returned."""
+        if self.softcap is not None:
+            gradient.mul_(1.0 - (logits / self.softcap).square_())
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+        return gradient
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output matrix and rule.
+
+    Attributes:
+        weight: [P, D].
+        bias: [P] or None.
+        rule: what follows the product.
+        bfloat16: whether products take bfloat16 factors.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rule: HeadRule
+    bfloat16: bool
+
+    @classmethod
+    def of(cls, model: Any, bfloat16: bool) -> Head:
+        """Returns the head of a transformers causal LM (its live parameters, not copies)."""
+        layer = model.get_output_embeddings()
+        return cls(layer.weight, getattr(layer, "bias", None), HeadRule.of(model.config), bfloat16)
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Returns float32 logits [C, P] without a gradient."""
+        with torch.no_grad():
+            logits = product(hidden_CD, self.weight.t(), self.bfloat16)
+            if self.bias is not None:
+                logits.add_(self.bias)
+            return self.rule.apply_(logits)
+
+
+def find_decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """Returns the module list of a causal LM's decoder blocks.
+
+    Raises:
+        LookupError: no module list has as many entries as the configuration has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise LookupError(f"no list of {count} decoder layers in {type(model).__name__}")
+
+
+@contextlib.contextmanager
+def captured_layers(model: Any, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Collects the outputs of decoder layers (1 = first) of the forwards run inside the block.
+
+    Yields:
+        A dict that each forward fills: layer → [B, T, D].
+    """
+    found: dict[int, Tensor] = {}
+    blocks = list(find_decoder_layers(model)) if layers else []
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

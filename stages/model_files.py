@@ -1,0 +1,141 @@
+"""A model's folder without loading the model: where it lies, what it weighs, what identifies it.
+
+Nothing here imports torch or transformers, so that plans and completeness checks take a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from storage.errors import TeacherError
+from storage.fingerprint import HashMemo
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def locate(model: str, revision: str | None, key: str, *, weights: bool = True) -> Path:
+    """Returns the local folder of a model; a hub name is downloaded (or found in the hub cache).
+
+    Args:
+        model: folder or hub name.
+        revision: hub revision.
+        key: configuration key, for messages.
+        weights: whether the weights are wanted too, or only configuration and tokenizer.
+
+    Raises:
+        TeacherError: neither a folder nor a hub model that can be reached.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path or "\\" in model:
+        raise TeacherError(
+            "no such model folder", where=key, found=model,
+            todo="give a folder that holds config.json, or a hub name like org/model",
+        )  # fmt: skip
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision,
+                allow_patterns=[*patterns, "*.safetensors"] if weights else patterns,
+            )
+        )  # fmt: skip
+    except Exception as error:  # the hub client has no common base for "cannot be had"
+        raise TeacherError(
+            f"the model cannot be had: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where=key, found=model,
+            todo="check the name, the revision, the network and your hub token; or give a folder",
+        ) from error  # fmt: skip
+
+
+def read_config(folder: Path, key: str) -> dict[str, Any]:
+    """Returns config.json, with a multimodal model's `text_config` laid over it.
+
+    Raises:
+        TeacherError: missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"the model's configuration cannot be read: {error}", where=f"{key}: {path}",
+            todo="give the folder of a transformers checkpoint",
+        ) from error  # fmt: skip
+    return {**config, **config.get("text_config", {})}
+
+
+def dimension(config: dict[str, Any], *names: str) -> int | None:
+    """Returns the first of several names a configuration has for one dimension."""
+    return next((int(config[n]) for n in names if config.get(n) is not None), None)
+
+
+def hidden_size(config: dict[str, Any]) -> int:
+    """Returns D, or 0 if the configuration does not name it."""
+    return dimension(config, "hidden_size", "n_embd", "d_model") or 0
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Returns the longest block the model was made for, if its configuration says so."""
+    return dimension(config, "max_position_embeddings", "n_positions", "n_ctx")
+
+
+def weight_files(folder: Path, key: str) -> list[Path]:
+    """Returns the safetensors files of a checkpoint, sorted.
+
+    Raises:
+        TeacherError: there is none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise TeacherError(
+            "the model has no safetensors weights", where=f"{key}: {folder}",
+            todo="save it again with save_pretrained (pickled weights are not read)",
+        )  # fmt: skip
+    return files
+
+
+def parameters(folder: Path, key: str) -> int:
+    """Returns the number of stored parameters, from the safetensors headers alone."""
+    total = 0
+    for path in weight_files(folder, key):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for n in tensor["shape"]:
+                    size *= n
+                total += size
+    return total
+
+
+def model_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
+    """Returns file name → sha256 of the configuration and every weight file."""
+    paths = [folder / "config.json", *weight_files(folder, key)]
+    return {path.name: memo.sha256(path) for path in paths}
+
+
+def tokenizer_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
+    """Returns file name → sha256 of the tokenizer's files.
+
+    Raises:
+        TeacherError: the folder holds no tokenizer.
+    """
+    found = {n: memo.sha256(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
+    if not found:
+        raise TeacherError(
+            "the folder holds no tokenizer", where=f"{key}: {folder}",
+            todo="save the tokenizer beside the model (tokenizer.save_pretrained)",
+        )  # fmt: skip
+    return found

@@ -1,0 +1,200 @@
+"""What a user may set, stage by stage: strict, frozen models without any heavy import.
+
+`pipeline/config.py` puts them together into one file's schema; defaults and limits live here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """Base: unknown keys are errors, values are not coerced across types, nothing can be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceOptions(Options):
+    """One source of documents. Blocks never mix two sources."""
+
+    domain: str = Field(min_length=1, description="Name that reports group by.")
+    split: Literal["train", "heldout"] = Field("train", description="What the source is for.")
+    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Share of a train source's documents, chosen by their hash, to hold out."
+    )
+    format: Literal["text", "jsonl", "parquet", "disk", "hub"] = Field(
+        description="text: a document a file; jsonl, parquet: a document a row; disk: a folder of "
+        "`save_to_disk`; hub: a data set of the Hugging Face hub."
+    )
+    path: str = Field(description="File, glob, folder, or the hub's data set name.")
+    text_field: str = Field("text", description="Column that holds the text.")
+    messages_field: str | None = Field(
+        None,
+        description="Column that holds chat messages: they are rendered with the tokenizer's chat "
+        "template and only assistant tokens are targets.",
+    )
+    hub_config: str | None = Field(None, description="hub: configuration name.")
+    hub_split: str = Field("train", description="hub and disk (of a DatasetDict): split name.")
+    revision: str | None = Field(None, description="hub: commit hash or tag; required there.")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> SourceOptions:
+        if self.format == "hub" and not self.revision:
+            raise ValueError("a hub source needs `revision`, so that the corpus stays the same")
+        if self.split == "heldout" and self.heldout:
+            raise ValueError("`heldout` cuts a train source; this one is held out altogether")
+        return self
+
+
+class CorpusOptions(Options):
+    """Stage zero: documents → tokens → packed blocks."""
+
+    tokenizer: str = Field(description="Folder or hub name of the tokenizer all models share.")
+    tokenizer_revision: str | None = None
+    block_length: Annotated[int, Field(ge=2)] = Field(1024, description="T, tokens of a block.")
+    blocks_per_part: Count = Field(
+        64, description="Blocks of a part: the unit of work, of a shard and of a resume."
+    )
+    append_eos: bool = Field(True, description="End each plain-text document with the EOS token.")
+    sources: Annotated[tuple[SourceOptions, ...], Field(min_length=1)]
+
+
+class TeacherOptions(Options):
+    """One teacher: an ordinary causal-LM checkpoint in safetensors."""
+
+    model: str = Field(description="Folder or hub name.")
+    revision: str | None = Field(None, description="Hub revision.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of weights and forward; the head's results are float32 anyway."
+    )
+    device_map: str | None = Field(
+        None, description='"auto" spreads a teacher over several GPUs (accelerate).'
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    feature_layers: tuple[Count, ...] = Field(
+        (), description="Decoder layers (1 = first) whose outputs are pooled and stored."
+    )
+    batch_blocks: Count = Field(4, description="Blocks of one forward pass.")
+
+
+class StoreOptions(Options):
+    """What is kept of every teacher's distribution."""
+
+    k: Count = Field(64, description="Head entries a token.")
+    precision: Literal["exact", "balanced"] = Field(
+        "balanced", description="exact: float32 logprobs; balanced: relative error ≤ 2^−9."
+    )
+    temperatures: tuple[Positive, ...] = Field(
+        (1.5, 2.0), description="Temperatures ≠ 1 at which the cache can be used."
+    )
+    segments: Count = Field(1, description="Equal spans of a block that are pooled apart.")
+    chunk_tokens: Count = Field(
+        128, description="Tokens of one chunk of logits; memory, not meaning."
+    )
+
+
+class FusionOptions(Options):
+    """How much each teacher counts, token by token."""
+
+    weights: Literal["uniform", "static", "entropy"] = Field(
+        "entropy", description="entropy: w_m ∝ exp(−H_m/tau)."
+    )
+    tau: Positive = Field(1.0, description="entropy: temperature of the weights, nats.")
+    static: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
+        default_factory=dict, description="static: teacher → weight (normalised)."
+    )
+
+
+class StudentOptions(Options):
+    """Where the student comes from."""
+
+    model: str = Field(description="Folder or hub name of the checkpoint it starts from.")
+    revision: str | None = None
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="Decoder layers (0 = first) to keep; all if not given."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class FeaturePair(Options):
+    """A student layer aligned with a teacher layer (1 = output of the first decoder block)."""
+
+    student: Count
+    teacher: Count | dict[str, Count] = Field(
+        description="Layer of every teacher, or teacher → layer."
+    )
+
+
+class FeatureOptions(Options):
+    """Alignment of pooled hidden states."""
+
+    weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="β; 0 switches it off.")
+    kind: Literal["cosine", "mse"] = "cosine"
+    pairs: tuple[FeaturePair, ...] = ()
+
+
+class LossOptions(Options):
+    """total = (1−alpha)·CE + alpha·temperature²·KD + features.weight·features."""
+
+    alpha: Fraction = Field(0.9, description="Share of distillation against gold tokens.")
+    temperature: Positive = Field(1.0, description="1, or one of store.temperatures.")
+    features: FeatureOptions = FeatureOptions()
+    chunk_tokens: Count = Field(
+        256, description="Tokens of one chunk of logits; memory, not meaning."
+    )
+
+
+class TrainOptions(Options):
+    """Stage two's loop."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Passes over the training blocks."
+    )
+    steps: Count | None = Field(None, description="Optimizer steps, in place of `epochs`.")
+    batch_blocks: Count = Field(1, description="Blocks of one forward and backward.")
+    accumulate: Count = Field(1, description="Batches of one optimizer step.")
+    lr: Positive = 1e-3
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: Fraction = Field(0.05, description="Share of the steps.")
+    decay: Fraction = Field(0.2, description="wsd: share of the steps that decay to 0.")
+    min_lr_ratio: Fraction = Field(0.0, description="cosine: final rate over lr.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip: Positive = Field(1.0, description="Largest gradient norm.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: autocast, float32 weights."
+    )
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_every: Count = Field(200, description="Steps between evaluations on held-out blocks.")
+    checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
+    keep_checkpoints: Count = 2
+    log_every: Count = Field(1, description="Steps between rows of metrics.jsonl.")
+    baseline: bool = Field(
+        False, description="Also train the same student for the same steps on cross-entropy alone."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainOptions:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either `epochs` or `steps`")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError("`warmup` and `decay` together exceed the run")
+        return self
+
+
+class EvaluateOptions(Options):
+    """What is measured on the held-out blocks, and what the samples continue."""
+
+    batch_blocks: Count = 4
+    samples: Annotated[int, Field(ge=0)] = Field(1, description="Continuations shown, per domain.")
+    prompt_tokens: Count = 48
+    new_tokens: Count = 64

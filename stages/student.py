@@ -1,0 +1,155 @@
+"""The student: where it comes from, and the module whose forward(batch) returns the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.annotate import pool
+from stages.batches import Batch
+from stages.chunked_head import chunked_loss
+from stages.features import FeatureAligner, Pair
+from stages.head import Head, captured_layers, find_decoder_layers
+from stages.options import LossOptions, StudentOptions
+from stages.teacher import load_causal_lm
+from storage.errors import ConfigError
+
+
+def build_student(options: StudentOptions, folder: Path, device: torch.device) -> Any:
+    """Returns the student in float32, cut to `keep_layers` if they are given.
+
+    Raises:
+        TeacherError: the checkpoint cannot be loaded.
+        ConfigError: a layer that does not exist.
+    """
+    model = load_causal_lm(
+        folder, "student.model", dtype=torch.float32, attention=options.attention,
+        device=torch.device("cpu"), trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    if options.keep_layers is not None:
+        model = cut_layers(model, options.keep_layers)
+    return model.to(device)
+
+
+def cut_layers(model: Any, keep: Sequence[int]) -> Any:
+    """Returns a new model with only these decoder layers (0 = first), in the order given.
+
+    Raises:
+        ConfigError: a layer that does not exist, or none at all.
+    """
+    blocks = find_decoder_layers(model)
+    count = len(blocks)
+    if not keep or not all(0 <= i < count for i in keep):
+        raise ConfigError(
+            "layers to keep do not exist", where="student.keep_layers",
+            expected=f"some of 0 to {count - 1}", found=list(keep), todo="choose existing layers",
+        )  # fmt: skip
+    text = model.config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:  # layer_types and their like
+            setattr(text, name, [value[i] for i in keep])
+    text.num_hidden_layers = len(keep)
+    kept = [blocks[i] for i in keep]
+    del blocks[:]
+    blocks.extend(kept)
+    cut = type(model)(model.config)  # so that whatever counts layers counts these
+    cut.load_state_dict(model.state_dict())
+    cut.generation_config = model.generation_config
+    return cut
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """One batch's losses; `total` carries the gradient, the rest are detached sums.
+
+    Attributes:
+        total: share of the step's loss (already divided by the step's global counts).
+        ce, kd: sums over rows, nats.
+        features: sum over segments of weight·distance.
+        correct: rows whose most probable id is the gold one.
+    """
+
+    total: Tensor
+    ce: Tensor
+    kd: Tensor
+    features: Tensor
+    correct: Tensor
+
+
+class DistilledStudent(nn.Module):
+    """Student and projections. The loss runs inside forward, so that wrappers synchronise it.
+
+    Args:
+        model: a causal LM.
+        options: the loss.
+        autocast: whether the forward and the head's products run in bfloat16.
+        pairs: layers to align; the projections are trained and not exported.
+        teacher_sizes: teacher → hidden size.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: LossOptions,
+        autocast: bool,
+        pairs: Sequence[Pair] = (),
+        teacher_sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.options, self.autocast = model, options, autocast
+        config = model.config.get_text_config()
+        layers = int(config.num_hidden_layers)
+        wrong = sorted({s for s, _, _ in pairs if s > layers})
+        if wrong:
+            raise ConfigError(
+                "the student has no such layer", where="loss.features.pairs",
+                expected=f"1 to {layers}", found=wrong, todo="choose existing layers",
+            )  # fmt: skip
+        self.aligner = (
+            FeatureAligner(pairs, options.features.kind, config.hidden_size, teacher_sizes or {})
+            if pairs
+            else None
+        )
+
+    def forward(self, batch: Batch, rows: int, segments: int) -> StepLoss:
+        """Returns the losses of a batch.
+
+        Args:
+            batch: on the model's device.
+            rows: rows with a target in the whole step, over all batches.
+            segments: segments with a target in the whole step.
+        """
+        layers = () if self.aligner is None else self.aligner.student_layers
+        kind = batch.inputs.device.type
+        with (
+            torch.autocast(kind, torch.bfloat16, enabled=self.autocast),
+            captured_layers(self.model, layers) as found,
+        ):
+            hidden = self.model.get_decoder()(
+                input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
+            ).last_hidden_state
+        options, distils = self.options, batch.target is not None
+        alpha = options.alpha if distils else 0.0
+        loss = chunked_loss(
+            hidden[batch.scored], Head.of(self.model, self.autocast), batch.gold, batch.target,
+            (1.0 - alpha) / max(rows, 1), alpha * options.temperature**2 / max(rows, 1),
+            options.chunk_tokens,
+        )  # fmt: skip
+        features = (
+            self._features(batch, found) if self.aligner is not None else hidden.new_zeros(())
+        )
+        total = loss.total + options.features.weight / max(segments, 1) * features
+        return StepLoss(total, loss.ce, loss.kd, features.detach(), loss.correct)
+
+    def _features(self, batch: Batch, found: Mapping[int, Tensor]) -> Tensor:
+        assert self.aligner is not None
+        count = next(iter(batch.segment_weights.values())).shape[1]
+        pooled = {layer: pool(hidden, batch.present, count)[0] for layer, hidden in found.items()}
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            loss: Tensor = self.aligner(pooled, batch.features, batch.segment_weights)
+        return loss

@@ -1,0 +1,226 @@
+"""Teacher backends: block of tokens → hidden states, and hidden states → logits.
+
+One protocol, so that other engines can serve; the transformers backend is the reference. When a
+teacher is loaded two facts are checked on 32 tokens instead of trusted: that our head gives the
+model's own logits, and that one document of a packed block cannot see another.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stages.head import Head, captured_layers, find_decoder_layers
+from stages.options import TeacherOptions
+from storage.errors import TeacherError, VocabularyMismatch
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a forward leaves.
+
+    Attributes:
+        last: [B, T, D], the head's input (after the final norm).
+        layers: decoder layer (1 = first) → its output [B, T, D], before the final norm.
+    """
+
+    last: Tensor
+    layers: dict[int, Tensor]
+
+
+class TeacherBackend(Protocol):
+    """What stage one needs of a teacher.
+
+    Attributes:
+        head_rows: rows of the head, at least the tokenizer's vocabulary.
+        hidden_size, layers: D, and the number of decoder layers.
+        device: where inputs go.
+    """
+
+    head_rows: int
+    hidden_size: int
+    layers: int
+    device: torch.device
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor, layers: tuple[int, ...]
+    ) -> HiddenStates:
+        """Reads blocks; positions restart at 0 with each document, and attention with them."""
+        ...
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Returns float32 logits [C, head_rows]."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model's memory."""
+        ...
+
+
+class TransformersTeacher:
+    """A causal LM of transformers.
+
+    Args:
+        name: the teacher's name, for messages.
+        folder: checkpoint folder.
+        options: dtype, attention, device_map, batch size.
+        device: where a teacher without device_map goes.
+
+    Raises:
+        TeacherError: it cannot be loaded, its head is not one we reproduce, or its attention
+            crosses documents.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, options: TeacherOptions, device: torch.device
+    ) -> None:
+        self.name = name
+        self._model = load_causal_lm(
+            folder, f"teachers.{name}.model", dtype=getattr(torch, options.dtype),
+            attention=options.attention, device=device, device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        self._model.eval().requires_grad_(False)
+        head = Head.of(self._model, bfloat16=options.dtype == "bfloat16")
+        if head.weight.device.type == "cpu":  # widen once, not at every chunk
+            head = Head(head.weight.float(), head.bias, head.rule, head.bfloat16)
+        self._head = head
+        config = self._model.config.get_text_config()
+        self.head_rows, self.hidden_size = head.weight.shape
+        self.layers = int(config.num_hidden_layers)
+        self.device = self._model.get_input_embeddings().weight.device
+        check_teacher(self, self._model, name)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor, layers: tuple[int, ...]
+    ) -> HiddenStates:
+        with captured_layers(self._model, layers) as found:
+            decoder = self._model.get_decoder()
+            out = decoder(
+                input_ids=tokens_BT.to(self.device), position_ids=positions_BT.to(self.device),
+                use_cache=False,
+            )  # fmt: skip
+        return HiddenStates(out.last_hidden_state, found)
+
+    @torch.inference_mode()
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        return self._head.logits(hidden_CD.to(self._head.weight.device))
+
+    def close(self) -> None:
+        del self._model, self._head
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def load_causal_lm(
+    folder: Path,
+    key: str,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Returns a causal LM from a checkpoint folder.
+
+    Raises:
+        TeacherError: it cannot be loaded, weights are missing, or memory does not suffice.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, device_map=device_map,
+            trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+        if info["missing_keys"]:
+            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])[:3]} …")
+        return model if device_map else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise TeacherError(
+            "the model does not fit into the device's memory", where=f"{key}: {folder}",
+            todo='set device_map: auto to spread it over several GPUs, or dtype: bfloat16',
+        ) from error  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise TeacherError(
+            f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
+            where=f"{key}: {folder}", todo="check the checkpoint with transformers alone",
+        ) from error  # fmt: skip
+
+
+@torch.no_grad()
+def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
+    """Checks on 32 tokens that head and document isolation are what stage one takes them for.
+
+    Raises:
+        TeacherError: says which of the two is not.
+    """
+    key = f"teachers.{name}"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, min(backend.head_rows, 1000), (1, 32), generator=generator)
+    positions = torch.cat([torch.arange(20), torch.arange(12)])[None]
+    hidden = backend.forward(tokens, positions, ()).last
+    theirs = model(
+        input_ids=tokens.to(backend.device),
+        position_ids=positions.to(backend.device),
+        use_cache=False,
+    ).logits[0]
+    ours = backend.logits(hidden[0]).to(theirs.device)
+    tolerance = 2**-6 if theirs.dtype == torch.bfloat16 else 1e-4
+    error = float((ours - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-6))
+    if not error <= tolerance:
+        raise TeacherError(
+            f"the head of {type(model).__name__} is not one that this version reproduces", where=key,
+            expected=f"logits equal to the model's own within {tolerance:.1e}",
+            found=f"a difference of {error:.1e} of the largest logit",
+            todo="please report the model's name; another teacher of the family may work",
+        )  # fmt: skip
+    other = tokens.clone()
+    other[:, :20] = torch.randint(0, min(backend.head_rows, 1000), (1, 20), generator=generator)
+    moved = (backend.forward(other, positions, ()).last - hidden)[0, 20:].float().norm()
+    if not float(moved / hidden[0, 20:].float().norm()) <= 1e-3:
+        raise TeacherError(
+            f"{type(model).__name__} lets a packed document see the one before it",
+            where=f"{key}.attention", expected="attention that restarts where position_ids restart",
+            todo="set another attention implementation (sdpa or eager)",
+        )  # fmt: skip
+
+
+def require_fit(backend: TeacherBackend, name: str, vocab: int, layers: tuple[int, ...]) -> None:
+    """Refuses a teacher without a logit for every id, or without a layer that is asked for.
+
+    Raises:
+        VocabularyMismatch, TeacherError
+    """
+    if backend.head_rows < vocab:
+        raise VocabularyMismatch(
+            "the teacher has fewer logits than the tokenizer has ids", where=f"teachers.{name}",
+            expected=f"at least {vocab}", found=backend.head_rows,
+            todo="use the tokenizer this model was trained with",
+        )  # fmt: skip
+    wrong = [layer for layer in layers if layer > backend.layers]
+    if wrong:
+        raise TeacherError(
+            "the teacher has no such layer", where=f"teachers.{name}.feature_layers",
+            expected=f"1 to {backend.layers}", found=wrong, todo="choose existing layers",
+        )  # fmt: skip
+
+
+__all__ = [
+    "HiddenStates",
+    "TeacherBackend",
+    "TransformersTeacher",
+    "check_teacher",
+    "find_decoder_layers",
+    "load_causal_lm",
+    "require_fit",
+]

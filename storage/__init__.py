@@ -1,0 +1,1 @@
+"""What lies on disk: arrays in, arrays out. Never imports torch."""

@@ -1,0 +1,273 @@
+"""The tokenised corpus: Arrow parts, random access by block id.
+
+`corpus.json` is the commit of the whole; each part has a manifest of its own (see manifest.py).
+A part is one zstd-compressed Arrow IPC file with a row a block. Arrow does not notice a flipped
+byte, so a part's sha256 is checked when a process first opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from storage import durable, manifest
+from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
+from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
+from storage.types import AnyArray, Bool, Int64, TokenBlocks
+
+FORMAT = 1
+_OPEN_PARTS = 64  # decoded parts a reader keeps; a part is some hundred kB to a few MB
+
+
+@dataclass(frozen=True)
+class SourceRange:
+    """Where one source's blocks lie. A block never mixes two sources.
+
+    Attributes:
+        domain: the name that reports group by.
+        split: "train" or "heldout".
+        first_block, blocks: the block range.
+        documents, tokens: how many of each were packed.
+    """
+
+    domain: str
+    split: str
+    first_block: int
+    blocks: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """What `corpus.json` states.
+
+    Attributes:
+        identity: sources, tokenizer and packing, as a nested dict.
+        fingerprint: of identity and of every token, document, offset and mask.
+        tokenizer: the tokenizer's own fingerprint.
+        vocab_size: number of ids the tokenizer knows (largest id + 1).
+        block_length: T.
+        blocks, blocks_per_part: N, and the width of a part.
+        sources: in block order.
+    """
+
+    identity: dict[str, Any]
+    fingerprint: str
+    tokenizer: str
+    vocab_size: int
+    block_length: int
+    blocks: int
+    blocks_per_part: int
+    sources: tuple[SourceRange, ...]
+
+    @property
+    def parts(self) -> int:
+        return -(-self.blocks // self.blocks_per_part)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source.domain for source in self.sources))
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """Returns (first block, one past the last block) of a part."""
+        first = part * self.blocks_per_part
+        return first, min(first + self.blocks_per_part, self.blocks)
+
+    def block_ids(self, split: str, domain: str | None = None) -> Int64:
+        """Returns the ids, int64 and ascending, of a split's blocks (of one domain if named)."""
+        ranges = [
+            np.arange(s.first_block, s.first_block + s.blocks)
+            for s in self.sources
+            if s.split == split and domain in (None, s.domain)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *ranges])
+
+    def domain_of(self, block_ids: Int64) -> Int64:
+        """Returns the index into `domains` of each block."""
+        starts = np.array([s.first_block for s in self.sources])
+        index = np.array([self.domains.index(s.domain) for s in self.sources])
+        return index[np.searchsorted(starts, block_ids, side="right") - 1]
+
+
+def object_name(part: int) -> str:
+    """Returns a part's file, relative to the corpus folder."""
+    return f"blocks/{part:06d}.arrow"
+
+
+def content_digest(blocks: TokenBlocks) -> str:
+    """Returns the sha256 of the logical content, whatever file format carries it."""
+    digest = hashlib.sha256()
+    for array in (blocks.tokens, blocks.document, blocks.offset, blocks.loss_mask):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_part(
+    root: Path, identity_fingerprint: str, part: int, blocks: TokenBlocks, carry: dict[str, Any]
+) -> str:
+    """Writes and commits one part; returns its content digest.
+
+    Args:
+        carry: what the packer needs to go on after this part; kept in the manifest.
+
+    Raises:
+        DiskFull: nothing is committed.
+    """
+    columns = {"block_id": pa.array(blocks.block_ids)}
+    for name in ("tokens", "document", "offset", "loss_mask"):
+        array = getattr(blocks, name)
+        columns[name] = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(array).reshape(-1)), array.shape[1]
+        )
+    batch = pa.record_batch(columns)
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue()
+    name, content = object_name(part), content_digest(blocks)
+    durable.write_bytes(root / name, data)
+    manifest.save(
+        root,
+        manifest.Manifest(
+            fingerprint=identity_fingerprint, part=part, first_block=int(blocks.block_ids[0]),
+            blocks=len(blocks.block_ids), objects={name: (len(data), bytes_sha256(data))},
+            carry={**carry, "content": content},
+        ),
+    )  # fmt: skip
+    return content
+
+
+def save_info(root: Path, info: CorpusInfo) -> None:
+    """Commits the whole corpus."""
+    body = {"format": FORMAT, **asdict(info), "sources": [asdict(s) for s in info.sources]}
+    body["sha256"] = fingerprint(body)
+    durable.write_bytes(root / "corpus.json", canonical_json(body))
+
+
+def load_info(root: Path) -> CorpusInfo | None:
+    """Returns what `corpus.json` states, or None if the corpus is not complete.
+
+    Raises:
+        CorruptShard: the file's own checksum does not hold.
+        CorpusError: it was written by another version of the format.
+    """
+    path = root / "corpus.json"
+    try:
+        body = json.loads(path.read_bytes())
+        whole = body.pop("sha256") == fingerprint(body)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise CorruptShard(
+            "corpus.json's bytes are not those that were written", where=path,
+            todo="delete this file and run `scholiast prepare` again; finished parts are kept",
+        )  # fmt: skip
+    if body.pop("format") != FORMAT:
+        raise CorpusError(
+            "the corpus has another format", where=path, expected=f"format {FORMAT}",
+            todo="delete the corpus folder and run `scholiast prepare` again",
+        )  # fmt: skip
+    body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
+    return CorpusInfo(**body)
+
+
+class BlockReader:
+    """Random access to a complete corpus by block id; every part is checked when first opened.
+
+    Raises (on construction):
+        IncompleteCache: the corpus is not complete.
+    """
+
+    def __init__(self, root: Path) -> None:
+        info = load_info(root)
+        if info is None:
+            raise IncompleteCache(
+                "the corpus has not been prepared", where=root, todo="run `scholiast prepare`"
+            )
+        self.root, self.info = root, info
+        self._open: OrderedDict[int, TokenBlocks] = OrderedDict()
+
+    def read(self, block_ids: Int64 | Sequence[int]) -> TokenBlocks:
+        """Returns the blocks in the order asked for.
+
+        Raises:
+            MissingShard, CorruptShard: a part's bytes are not those that were written.
+            IndexError: no such block.
+        """
+        ids = np.asarray(block_ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.info.blocks):
+            raise IndexError(f"block ids must lie in [0, {self.info.blocks})")
+        rows = []
+        for block in ids.tolist():
+            part = block // self.info.blocks_per_part
+            rows.append((self._part(part), block - part * self.info.blocks_per_part))
+        if not rows:
+            empty = np.empty((0, self.info.block_length + 1), np.int64)
+            return TokenBlocks(ids, empty.astype(np.int32), empty, empty, empty.astype(bool))
+        return TokenBlocks(
+            ids,
+            np.stack([blocks.tokens[i] for blocks, i in rows]),
+            np.stack([blocks.document[i] for blocks, i in rows]),
+            np.stack([blocks.offset[i] for blocks, i in rows]),
+            np.stack([blocks.loss_mask[i] for blocks, i in rows]),
+        )
+
+    def part(self, part: int) -> TokenBlocks:
+        """Returns all blocks of one part."""
+        return self._part(part)
+
+    def _part(self, part: int) -> TokenBlocks:
+        if part in self._open:
+            self._open.move_to_end(part)
+            return self._open[part]
+        blocks = _read_part(self.root, part)
+        self._open[part] = blocks
+        if len(self._open) > _OPEN_PARTS:
+            self._open.popitem(last=False)
+        return blocks
+
+
+def _read_part(root: Path, part: int) -> TokenBlocks:
+    path = root / object_name(part)
+    vouched = manifest.load(root, part)
+    if vouched is None or not path.exists():
+        raise MissingShard(
+            "a part of the corpus is missing", where=path,
+            todo="delete corpus.json in this folder and run `scholiast prepare` again",
+        )  # fmt: skip
+    data = path.read_bytes()
+    if bytes_sha256(data) != vouched.objects[object_name(part)][1]:
+        raise CorruptShard(
+            "a part of the corpus has bytes that were not written there", where=path,
+            todo="delete this file, its manifest and corpus.json, and run `scholiast prepare` again",
+        )  # fmt: skip
+    batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+
+    def matrix(name: str) -> AnyArray:
+        column = batch.column(name).chunk(0)
+        flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(column), -1)
+
+    ids = batch.column("block_id").to_numpy()
+    mask: Bool = matrix("loss_mask").astype(bool)
+    return TokenBlocks(
+        ids, matrix("tokens").astype(np.int32), matrix("document").astype(np.int64),
+        matrix("offset").astype(np.int64), mask,
+    )  # fmt: skip

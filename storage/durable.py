@@ -1,0 +1,113 @@
+"""Writes that survive a power cut: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.errors import DiskFull
+
+
+def fsync_file(path: Path) -> None:
+    """Flushes a file's bytes to the device."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(path: Path) -> None:
+    """Flushes a folder's entries, without which a rename may be lost."""
+    fsync_file(path)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flushes every file and folder under `root`, children first."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync_file(Path(folder) / name)
+        fsync_folder(Path(folder))
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns ENOSPC and EDQUOT into DiskFull; whatever was half written is named nowhere.
+
+    Raises:
+        DiskFull: the device or the quota was exhausted inside the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the disk is full: {error.strerror}",
+                where=path,
+                todo="free some space and run the same command again; finished parts are kept",
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Puts `data` at `path` so that a reader sees the old bytes or the new, never a mixture.
+
+    Raises:
+        DiskFull: no space; the old file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    fsync_folder(path.parent)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Flushes `temporary` and renames it to `final`, which must be absent or may be discarded.
+
+    Between discarding an old `final` and the rename a crash leaves nothing under that name;
+    use it only for what can be made again.
+    """
+    fsync_tree(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+
+
+def require_free(folder: Path, needed: int, what: str) -> None:
+    """Refuses to begin what cannot be finished.
+
+    Args:
+        folder: where the bytes will go (need not exist yet).
+        needed: bytes.
+        what: what they are, for the message.
+
+    Raises:
+        DiskFull: fewer than `needed` bytes are free.
+    """
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFull(
+            f"too little disk space for {what}",
+            where=folder,
+            expected=f"at least {needed / 1e6:,.1f} MB free",
+            found=f"{free / 1e6:,.1f} MB free",
+            todo="free some space, choose another folder, or store less (smaller store.k)",
+        )

@@ -1,0 +1,139 @@
+"""What travels between the rooms: frozen dataclasses of NumPy arrays.
+
+Shape suffixes: N blocks, T tokens of a block, K head entries, G segments, Z temperatures,
+D hidden size. Row t of a block predicts token t+1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt16 = npt.NDArray[np.uint16]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+AnyArray = npt.NDArray[np.generic]
+
+LOG_ZERO = -1e4
+"""Stands for log 0 in stored values: exp(LOG_ZERO) is exactly 0 in every float, and 0·LOG_ZERO is
+0 where 0·(−inf) would be NaN."""
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Packed blocks of T input tokens and one look-ahead token each.
+
+    The look-ahead token is the next block's first token, so that the prediction made at row T−1
+    is not lost at the seam.
+
+    Attributes:
+        block_ids: int64 [N], index of each block in the corpus.
+        tokens: int32 [N, T+1].
+        document: int64 [N, T+1], number of the document in the corpus; −1 is padding.
+        offset: int64 [N, T+1], byte in the document's UTF-8 text at which the token begins
+            (the text's length for an end-of-document token).
+        loss_mask: bool [N, T+1], whether the token may be asked for as a target.
+    """
+
+    block_ids: Int64
+    tokens: Int32
+    document: Int64
+    offset: Int64
+    loss_mask: Bool
+
+    @property
+    def inputs(self) -> Int32:
+        """int32 [N, T], what a model reads."""
+        return self.tokens[:, :-1]
+
+    @property
+    def gold(self) -> Int32:
+        """int32 [N, T], the token that row t predicts."""
+        return self.tokens[:, 1:]
+
+    @property
+    def present(self) -> Bool:
+        """bool [N, T], whether row t holds a token and not padding."""
+        return self.document[:, :-1] >= 0
+
+    @property
+    def scored(self) -> Bool:
+        """bool [N, T], whether row t's target lies in the same document and in the loss mask."""
+        same = self.document[:, :-1] == self.document[:, 1:]
+        scored: Bool = same & self.present & self.loss_mask[:, 1:]
+        return scored
+
+    @property
+    def positions(self) -> Int64:
+        """int64 [N, T], position within the document's piece in this block, from 0."""
+        document = self.document[:, :-1]
+        index = np.broadcast_to(np.arange(document.shape[1]), document.shape)
+        starts = np.ones(document.shape, bool)
+        starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        positions: Int64 = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+        return positions
+
+    def take(self, rows: slice) -> TokenBlocks:
+        """Returns the blocks at `rows` of this batch."""
+        return TokenBlocks(
+            self.block_ids[rows], self.tokens[rows], self.document[rows], self.offset[rows],
+            self.loss_mask[rows],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SparseLogits:
+    """The head of a next-token distribution.
+
+    Attributes:
+        ids: int32 [N, T, K], the K most probable ids, most probable first.
+        logprobs: float32 [N, T, K], their logprobs under the full-vocabulary softmax at
+            temperature 1, never renormalised.
+    """
+
+    ids: Int32
+    logprobs: Float32
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Exact statistics of the full-vocabulary softmax, taken before any rounding.
+
+    Attributes:
+        entropy: float32 [N, T], nats.
+        log_tail_mass: float32 [N, T], log of the mass outside the K stored entries.
+        gold_logprob: float32 [N, T], logprob of the next token; 0 where the row has no target.
+        log_z: float32 [N, T, Z], log Σ_v p_v^(1/τ) for each τ of the cache's grid: a stored
+            logprob ℓ becomes ℓ/τ − log_z at temperature τ, exactly.
+    """
+
+    entropy: Float32
+    log_tail_mass: Float32
+    gold_logprob: Float32
+    log_z: Float32
+
+
+@dataclass(frozen=True)
+class PooledFeatures:
+    """Means of hidden states over the present tokens of each segment.
+
+    Attributes:
+        count: int32 [N, G], number of tokens in each mean; a mean of none is 0.
+        layers: layer (1 = output of the first decoder block) → float32 [N, G, D].
+    """
+
+    count: Int32
+    layers: dict[int, Float32]
+
+
+@dataclass(frozen=True)
+class TeacherNotes:
+    """All that one teacher noted about some blocks."""
+
+    head: SparseLogits
+    stats: TokenStats
+    features: PooledFeatures

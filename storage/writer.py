@@ -1,0 +1,153 @@
+"""A part of blocks → its shards → its manifest.
+
+Each array of a part is written by one assignment of a whole shard: chunk-by-chunk writes would
+read, modify and write, and two writers in one shard would lose chunks. Two writers of the same
+part write the same bytes, and each file is renamed into place, so a race is wasteful and harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage import durable, manifest
+from storage.errors import CorruptShard, StaleCache
+from storage.fingerprint import canonical_json, describe_differences, fingerprint
+from storage.layout import FORMAT, GROUP, Layout, create_group, quiet_zarr, shard_name
+from storage.types import AnyArray
+
+
+def open_cache(root: Path) -> tuple[dict[str, Any], Layout] | None:
+    """Returns (identity, layout) of the cache at `root`, or None if there is none.
+
+    Raises:
+        CorruptShard: cache.json is not what was written.
+        StaleCache: it was written by another version of the format.
+    """
+    path = root / "cache.json"
+    try:
+        body = json.loads(path.read_bytes())
+        whole = body.pop("sha256") == fingerprint(body)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise CorruptShard(
+            "cache.json's bytes are not those that were written", where=path,
+            todo="delete this file and run `scholiast cache-teachers` again; parts are kept",
+        )  # fmt: skip
+    if body["format"] != FORMAT:
+        raise StaleCache(
+            "the cache has another format", where=path, expected=f"format {FORMAT}",
+            found=f"format {body['format']}", todo="cache this teacher again in another folder",
+        )  # fmt: skip
+    return body["identity"], Layout.from_dict(body["layout"])
+
+
+def require_identity(root: Path, identity: Mapping[str, Any]) -> bool:
+    """Returns whether a cache stands at `root`; refuses one that was made from something else.
+
+    Raises:
+        StaleCache: names every key of the two identities that disagrees.
+    """
+    opened = open_cache(root)
+    if opened is None:
+        return False
+    if fingerprint(opened[0]) != fingerprint(identity):
+        expected, found = describe_differences(identity, opened[0])
+        raise StaleCache(
+            "the cache was made from something else", where=root, expected=expected, found=found,
+            todo="restore what it was made from, or name another cache_dir, "
+            "or delete this folder to cache the teacher again",
+        )  # fmt: skip
+    return True
+
+
+class CacheWriter:
+    """Writes one teacher's cache, a part at a time; any number of processes may do so at once.
+
+    Raises (on construction):
+        StaleCache: `root` holds a cache of another identity.
+        DiskFull: no space for the metadata.
+    """
+
+    def __init__(self, root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
+        import zarr
+
+        self.root, self.layout = root, layout
+        self.fingerprint = fingerprint(identity)
+        require_identity(root, identity)
+        with durable.disk_errors(root):
+            _make_group(root, layout)
+        body: dict[str, Any] = {
+            "format": FORMAT,
+            "identity": dict(identity),
+            "layout": layout.to_dict(),
+        }
+        body["sha256"] = fingerprint(body)
+        durable.write_bytes(root / "cache.json", canonical_json(body))
+        with quiet_zarr():
+            self._group: Any = zarr.open_group(root / GROUP, mode="r+")
+
+    def write_part(self, part: int, arrays: Mapping[str, AnyArray]) -> manifest.Manifest:
+        """Writes and commits one part.
+
+        Args:
+            arrays: every array of the layout, as stored (encoded), [blocks of the part, …].
+
+        Raises:
+            DiskFull: nothing is committed.
+            ValueError: an array is missing, superfluous, or of another shape or dtype.
+        """
+        first, last = self.layout.part_range(part)
+        specs = self.layout.arrays()
+        if set(arrays) != set(specs):
+            raise ValueError(f"arrays {sorted(arrays)} given, {sorted(specs)} stored")
+        names = []
+        with durable.disk_errors(self.root), quiet_zarr():
+            for name, spec in specs.items():
+                data = arrays[name]
+                if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
+                    raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
+                self._group[name][first:last] = data
+                names.append(shard_name(name, part, len(spec.shape)))
+            for path in names:
+                durable.fsync_file(self.root / path)
+                _fsync_folders(self.root, self.root / path)
+            done = manifest.Manifest(
+                self.fingerprint, part, first, last - first, manifest.describe(self.root, names)
+            )
+            manifest.save(self.root, done)
+        return done
+
+
+def _fsync_folders(root: Path, path: Path) -> None:
+    for folder in path.parents:
+        durable.fsync_folder(folder)
+        if folder == root:
+            return
+
+
+def _make_group(root: Path, layout: Layout) -> None:
+    """Creates the group under another name and renames it, so that no one sees half of it."""
+    if (root / GROUP).exists():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = root / f".{GROUP}.{uuid.uuid4().hex}.tmp"
+    try:
+        create_group(temporary, layout)
+        durable.fsync_tree(temporary)
+        os.rename(temporary, root / GROUP)
+    except OSError:
+        # Another task was quicker: its group has the same bytes. Anything else is a real error.
+        if not (root / GROUP / "zarr.json").exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    durable.fsync_folder(root)

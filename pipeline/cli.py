@@ -220,7 +220,7 @@ def generate(
     Example: scholiast generate my.yaml -p "In the beginning" --temperature 0.8
     """
     work, _ = open_workspace(config, overrides, quiet)
-    text = prompt if prompt is not None else click.get_text_stream("stdin").read()
+    text = prompt if prompt is not None else sys.stdin.read()
     click.echo(text + work.generate(student, text, new_tokens, temperature, seed))
 
 

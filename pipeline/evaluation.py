@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report import read_metrics
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.blocks import CorpusInfo
@@ -58,7 +57,7 @@ def evaluate(
         "students": students,
         "samples": [{k: v for k, v in p.items() if k != "tokens"} for p in prompts],
         "cache": work.cache_costs(jobs),
-        "training": {name: training_cost(run) for name, run in runs.items()},
+        "training": {name: training_cost(run, str(device)) for name, run in runs.items()},
     }  # fmt: skip
 
 
@@ -139,31 +138,12 @@ def generate(
     return text
 
 
-def training_cost(run: Run) -> dict[str, Any]:
+def training_cost(run: Run, device: str) -> dict[str, Any]:
     """Returns steps, tokens, seconds and memory of a training, over all its resumed stretches."""
-    rows = read_metrics(run.folder / "metrics.jsonl")
-    seconds, last, before = 0.0, 0.0, 0.0
-    for row in rows:
-        if "seconds" not in row:
-            continue
-        if row["seconds"] < last:  # a resumed process counts from 0
-            seconds += before
-        last = before = row["seconds"]
-    seconds += last
-    tokens = sum(row.get("rows", 0) for row in rows)
+    rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if "seconds" in row]
+    tokens, seconds = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
     return {
         "steps": run.steps, "tokens": tokens, "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
-        "peak_bytes": max((row["peak_bytes"] for row in rows if "peak_bytes" in row), default=None),
+        "peak_bytes": max((row["peak_bytes"] for row in rows), default=None), "device": device,
     }  # fmt: skip
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl; a line cut by a crash is passed over."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows

@@ -237,10 +237,10 @@ class DocumentStream:
             for i, message in enumerate(messages):
                 if message.get("role") != "assistant":
                     continue
-                before, after = (
-                    self._apply(messages[:i], True),
-                    self._apply(messages[: i + 1], False),
-                )
+                after = self._apply(messages[: i + 1], False)
+                # No template renders an empty chat: a first turn begins where its content does.
+                opening = after.partition(str(message.get("content")))[0]
+                before = self._apply(messages[:i], True) if i else opening
                 if not (after.startswith(before) and text.startswith(after)):
                     raise self._refuse(
                         row, "the chat template rewrites earlier turns, so that the assistant's "

@@ -123,6 +123,7 @@ class Trainer:
         self.order = BlockOrder(run.train_blocks, run.train.seed, reader.corpus.info.fingerprint)
         self.optimizer = make_optimizer(student, run.train)
         self.step, self.position = 0, Position()
+        self.tokens, self.seconds = 0, 0.0  # trained on so far, over all resumed stretches
         if run.train.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(run.train.seed)
@@ -143,23 +144,23 @@ class Trainer:
         stream = steps_of_batches(
             self.reader, self.order, self.position, options.batch_blocks, options.accumulate
         )
-        usage, rows_seen = Usage(self.device), 0
+        usage, before = Usage(self.device), self.seconds
         if self.step == 0:
             self._log({"step": 0, "heldout": self._evaluate()})
         while self.step < run.steps:
             batches, position = next(stream)
             row = self._optimize([batch.to(self.device) for batch in batches])
             self.step, self.position = self.step + 1, position
-            rows_seen += row["rows"]
-            seconds = usage.seconds
-            row |= {"seconds": seconds, "peak_bytes": usage.peak_bytes}
+            self.tokens += row["rows"]
+            self.seconds = before + usage.seconds
+            row |= {"tokens": self.tokens, "seconds": self.seconds, "peak_bytes": usage.peak_bytes}
             if self.step % options.eval_every == 0 or self.step == run.steps:
                 row["heldout"] = self._evaluate()
             if self.step % options.log_every == 0 or "heldout" in row:
                 self._log(row)
             if self.step % options.checkpoint_every == 0 or self.step == run.steps:
                 self._save()
-            self.progress.advance(1, loss=row["total"], tokens_per_s=rows_seen / seconds)
+            self.progress.advance(1, loss=row["total"], tokens_per_s=self.tokens / self.seconds)
         stream.close()
         self.progress.finish()
         facts = {"identity": run.identity, "steps": run.steps}
@@ -215,7 +216,10 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        facts = {"identity": self.run.identity, "position": asdict(self.position)}
+        facts = {
+            "identity": self.run.identity, "position": asdict(self.position),
+            "tokens": self.tokens, "seconds": self.seconds,
+        }  # fmt: skip
         save_checkpoint(
             self.run.folder / "checkpoints", self.step, self._state(), facts,
             self.run.train.keep_checkpoints,
@@ -238,6 +242,7 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         self.step = int(facts["step"])
         self.position = Position(**facts["position"])
+        self.tokens, self.seconds = int(facts["tokens"]), float(facts["seconds"])
         _truncate(self._metrics, self.step)
         self.progress.say(f"{self.run.folder.name}: going on from step {self.step}")
 

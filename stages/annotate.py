@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.head import cache_sized
 from stages.teacher import HiddenStates, TeacherBackend
 from storage.codec import to_bfloat16
 from storage.errors import NonFiniteLogits
@@ -43,8 +44,11 @@ def annotate_logits(
     tail = Σ_{v ∉ top-k} p_v (summed directly, not as 1 − head, which would cancel),
     log_z(τ) = log Σ exp((z − L)/τ).
 
+    Cost: K-selection, one pass a temperature, four more; in place, with one buffer of the chunk's
+    size.
+
     Args:
-        logits_CV: float32 or float64 [C, V], without padding rows of the head.
+        logits_CV: float32 or float64 [C, V], without padding rows of the head; overwritten.
         gold_C: int64 [C], the target of each row.
         k: head entries, 1 ≤ k ≤ V.
         temperatures: grid of log_z.
@@ -52,20 +56,23 @@ def annotate_logits(
     Returns:
         Notes; non-finite where the logits are.
     """
-    lse = logits_CV.logsumexp(-1, keepdim=True)
     top, ids = logits_CV.topk(k, dim=-1)
-    gold = logits_CV.gather(-1, gold_C[:, None])
-    logp = logits_CV - lse
-    log_z = [(logp / t).logsumexp(-1) for t in temperatures]
-    p = logp.exp()
-    entropy = lse[:, 0] - (p * logits_CV).sum(-1)
-    tail = p.scatter_(-1, ids, 0.0).sum(-1)
+    largest = top[:, :1]
+    gold = logits_CV.gather(-1, gold_C[:, None]) - largest
+    below = logits_CV.sub_(largest)
+    e = torch.empty_like(below)
+    sums = [torch.mul(below, 1.0 / t, out=e).exp_().sum(-1) for t in temperatures]
+    total = torch.exp(below, out=e).sum(-1)
+    lse = total.log()  # L, counted from the largest logit
+    entropy = lse - below.mul_(e).sum(-1) / total
+    tail = e.scatter_(-1, ids, 0.0).sum(-1) / total
+    log_z = [s.log() - lse / t for s, t in zip(sums, temperatures, strict=True)]
     return RowNotes(
         ids=ids,
-        logprobs=(top - lse).clamp(LOG_ZERO, 0.0),
+        logprobs=(top - largest - lse[:, None]).clamp(LOG_ZERO, 0.0),
         entropy=entropy.clamp_min(0.0),
         log_tail_mass=tail.log().clamp(LOG_ZERO, 0.0),
-        gold_logprob=(gold - lse)[:, 0].clamp(LOG_ZERO, 0.0),
+        gold_logprob=(gold[:, 0] - lse).clamp(LOG_ZERO, 0.0),
         log_z=torch.stack(log_z, -1) if log_z else lse.new_zeros(len(lse), 0),
     )
 
@@ -78,13 +85,15 @@ def annotate_rows(
     chunk: int,
 ) -> RowNotes:
     """Returns the notes on R rows, computing `chunk` rows of logits at a time."""
-    pieces = [
-        annotate_logits(
-            head(hidden_RD[i : i + chunk])[:, : layout.vocab_size],
-            gold_R[i : i + chunk].to(hidden_RD.device), layout.k, layout.temperatures,
-        )
-        for i in range(0, len(hidden_RD), chunk)
-    ]  # fmt: skip
+    pieces = []
+    gold_R = gold_R.to(hidden_RD.device)
+    for start in range(0, len(hidden_RD), chunk):
+        logits = head(hidden_RD[start : start + chunk])[:, : layout.vocab_size]
+        starts = cache_sized(len(logits), logits.device)
+        for i in starts:
+            rows, gold = logits[i : i + starts.step], gold_R[start + i : start + i + starts.step]
+            notes = annotate_logits(rows, gold[: len(rows)], layout.k, layout.temperatures)
+            pieces.append(notes)
     names = RowNotes.__dataclass_fields__
     return RowNotes(**{n: torch.cat([getattr(piece, n) for piece in pieces]) for n in names})
 

@@ -8,8 +8,9 @@ on the same bucket:
     d/dz_j τ Σ_m w_m KL(t_m‖q) = q_j − Σ_m w_m · (p_mj if j ∈ head_m;  t_m·q_j/q_tm if j is in its
                                                  bucket;  0 if j is padding)
 
-that is, student minus a target whose tails have the student's own shape. Memory: three chunks of
-logits and the head's gradient, whatever the number of rows. `losses.py` is the reference.
+that is, student minus a target whose tails have the student's own shape. Memory: one chunk
+of logits (its gradient overwrites it), what a slice of it needs, and the head's gradient, whatever
+the number of rows. `losses.py` is the reference.
 
 Shapes: R rows, C rows of a chunk, D hidden, P logits, V vocabulary, M teachers, K head entries.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stages.fusion import FusedTarget
-from stages.head import Head, product
+from stages.head import Head, cache_sized, product
 
 _TINY = 1e-30  # floor of a bucket's unnormalised mass: keeps log and ratio finite in float32
 
@@ -64,8 +65,9 @@ def chunked_loss(
         ce_scale, kd_scale: factors of the two sums in `total`.
         chunk: C, at least 1; changes memory, not meaning.
     """
+    wanted = torch.is_grad_enabled() and (hidden_RD.requires_grad or head.weight.requires_grad)
     total, ce, kd, correct = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight, head.bias, head, gold_R, target, ce_scale, kd_scale, chunk
+        hidden_RD, head.weight, head.bias, head, gold_R, target, (ce_scale, kd_scale), chunk, wanted
     )
     return ChunkedLoss(total, ce, kd, correct)
 
@@ -80,36 +82,55 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         gold: Tensor,
         target: FusedTarget | None,
-        ce_scale: float,
-        kd_scale: float,
+        scales: tuple[float, float],
         chunk: int,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         grads = _Gradients(hidden, head, wide) if wanted else None
+        buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
-            logits = head.logits(hidden[start:stop])
-            part = None if target is None else target.rows(start, stop)
-            gradient, *terms = chunk_terms(
-                logits, gold[start:stop], part, ce_scale, kd_scale, wanted
-            )
-            sums += torch.stack([term.double() for term in terms])
-            if grads is not None and gradient is not None:
-                grads.add(start, stop, head.rule.backward_(gradient, logits))
+            logits = head.logits(hidden[start:stop], buffer[: stop - start])
+            starts = cache_sized(stop - start, hidden.device)
+            for i in starts:
+                rows = slice(start + i, min(start + i + starts.step, stop))
+                part = None if target is None else target.rows(rows.start, rows.stop)
+                piece = logits[i : i + starts.step]
+                gradient, *terms = chunk_terms(piece, gold[rows], part, *scales, wanted)
+                sums += torch.stack([term.double() for term in terms])
+                if gradient is not None:
+                    piece.copy_(head.rule.backward_(gradient, piece))
+            if grads is not None:
+                grads.add(start, stop, logits)
         if grads is not None:
             ctx.save_for_backward(*grads.tensors())
         ce, kd, correct = sums.unbind()
         ctx.mark_non_differentiable(ce, kd, correct)
-        return (ce_scale * ce + kd_scale * kd).to(wide), ce, kd, correct
+        return (scales[0] * ce + scales[1] * kd).to(wide), ce, kd, correct
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         hidden, weight, bias = (*ctx.saved_tensors, None)[:3]
-        # Everything is linear in `grad`, which is 1 in a plain training step.
-        scaled = [None if t is None else t * grad.to(t.dtype) for t in (hidden, weight, bias)]
-        return (*scaled, None, None, None, None, None, None)
+        saved = (hidden, weight, bias)
+        # Everything is linear in `grad`, which is 1 in a plain step: a pass over [P, D] saved.
+        plain = grad.device.type == "cpu" and float(grad) == 1.0
+        scaled = [t if plain or t is None else t * grad.to(t.dtype) for t in saved]
+        return (*scaled, *[None] * 6)
+
+
+_KEPT: dict[torch.dtype, Tensor] = {}
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns memory for one chunk of logits; on a CPU the same as last time, already mapped."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    kept = _KEPT.get(dtype)
+    if kept is None or kept.numel() < rows * columns:
+        kept = _KEPT[dtype] = torch.empty(rows * columns, dtype=dtype)
+    return kept[: rows * columns].view(rows, columns)
 
 
 class _Gradients:
@@ -118,18 +139,22 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype) -> None:
         self._rows, self._head = hidden, head
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(head.weight, dtype=wide)
+        # The first chunk's product is taken as it comes: filling [P, D] with zeros and adding to it
+        # costs as much as a small chunk's product.
+        self.weight: Tensor | None = None
         self.bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=wide)
 
     def add(self, start: int, stop: int, gradient_CP: Tensor) -> None:
         bf16 = self._head.bfloat16
         self.hidden[start:stop] = product(gradient_CP, self._head.weight, bf16)
-        self.weight += product(gradient_CP.t(), self._rows[start:stop], bf16)
+        part = product(gradient_CP.t(), self._rows[start:stop], bf16)
+        self.weight = part if self.weight is None else self.weight.add_(part)
         if self.bias is not None:
             self.bias += gradient_CP.sum(0)
 
     def tensors(self) -> list[Tensor]:
-        weight = self.weight.to(self._head.weight.dtype)
+        like = self._head.weight
+        weight = torch.zeros_like(like) if self.weight is None else self.weight.to(like.dtype)
         return [self.hidden, weight] if self.bias is None else [self.hidden, weight, self.bias]
 
 

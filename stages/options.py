@@ -148,7 +148,7 @@ class LossOptions(Options):
     temperature: Positive = Field(1.0, description="1, or one of store.temperatures.")
     features: FeatureOptions = FeatureOptions()
     chunk_tokens: Count = Field(
-        256, description="Tokens of one chunk of logits; memory, not meaning."
+        512, description="Tokens of one chunk of logits; memory, not meaning."
     )
 
 

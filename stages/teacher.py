@@ -54,7 +54,7 @@ class TeacherBackend(Protocol):
         ...
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Returns float32 logits [C, head_rows]."""
+        """Returns float32 logits [C, head_rows]; the next call may overwrite them."""
         ...
 
     def close(self) -> None:
@@ -90,6 +90,7 @@ class TransformersTeacher:
         if head.weight.device.type == "cpu":  # widen once, not at every chunk
             head = Head(head.weight.float(), head.bias, head.rule, head.bfloat16)
         self._head = head
+        self._buffer: Tensor | None = None
         config = self._model.config.get_text_config()
         self.head_rows, self.hidden_size = head.weight.shape
         self.layers = int(config.num_hidden_layers)
@@ -110,10 +111,13 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        return self._head.logits(hidden_CD.to(self._head.weight.device))
+        head = self._head
+        if self._buffer is None or len(self._buffer) < len(hidden_CD):
+            self._buffer = head.weight.new_empty(len(hidden_CD), self.head_rows, dtype=torch.float32)
+        return head.logits(hidden_CD.to(head.weight.device), self._buffer[: len(hidden_CD)])
 
     def close(self) -> None:
-        del self._model, self._head
+        del self._model, self._head, self._buffer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -157,7 +157,7 @@ def create_group(path: Path, layout: Layout) -> None:
             group.create_array(
                 name, shape=spec.shape, shards=spec.shard, chunks=spec.chunk, dtype=spec.dtype,
                 serializer=PCodec(level=PCODEC_LEVEL), compressors=[Crc32cCodec()], fill_value=0,
-                dimension_names=spec.dimensions, config={"write_empty_chunks": True},
+                dimension_names=spec.dimensions,
             )  # fmt: skip
 
 

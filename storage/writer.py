@@ -92,8 +92,11 @@ class CacheWriter:
         }
         body["sha256"] = fingerprint(body)
         durable.write_bytes(root / "cache.json", canonical_json(body))
-        with quiet_zarr():
-            self._group: Any = zarr.open_group(root / GROUP, mode="r+")
+        # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
+        # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
+        with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+            group: Any = zarr.open_group(root / GROUP, mode="r+")
+            self._arrays = {name: group[name] for name in layout.arrays()}
 
     def write_part(self, part: int, arrays: Mapping[str, AnyArray]) -> manifest.Manifest:
         """Writes and commits one part.
@@ -115,7 +118,7 @@ class CacheWriter:
                 data = arrays[name]
                 if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
                     raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
-                self._group[name][first:last] = data
+                self._arrays[name][first:last] = data
                 names.append(shard_name(name, part, len(spec.shape)))
             for path in names:
                 durable.fsync_file(self.root / path)

@@ -325,6 +325,12 @@ def test_build_makes_only_what_is_missing(root: Path, monkeypatch: pytest.Monkey
     assert not made
 
 
+def test_a_missing_package_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)
+    with pytest.raises(demo.DemoAssetError, match="pip install gguf"):
+        demo._write_generalist(root, root / "generalist", _quiet)
+
+
 def test_import_is_light() -> None:
     script = "import sys, pipeline.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     top = Path(demo.__file__).parents[1]

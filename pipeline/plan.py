@@ -117,7 +117,7 @@ def _estimate_tokens(work: Workspace) -> int:
                 todo="run `scholiast prepare` first, then plan",
             )  # fmt: skip
         if work.config.assets == "demo" and not Path(source.path).exists():
-            size += 11_000 if source.split == "heldout" else 41_000  # what the demo builds
+            size += 11_000 if source.split == "heldout" else 33_000  # what the demo builds
         else:
             size += sum(p.stat().st_size for p in source_files(source, f"corpus.sources.{i}"))
     return int(size / _BYTES_PER_TEXT_TOKEN)

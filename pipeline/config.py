@@ -35,9 +35,11 @@ class RunConfig(Options):
     run_dir: str = Field(description="Folder for students, evaluation and report.")
     corpus_dir: str | None = Field(None, description="Prepared blocks; default run_dir/corpus.")
     cache_dir: str | None = Field(None, description="Teachers' notes; default run_dir/cache.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one."
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads of torch; all cores if not given."
+        None, description="CPU threads of torch; its own choice if not given."
     )
     assets: Literal["demo"] | None = Field(
         None, description="demo: first build the demonstration's models and text."

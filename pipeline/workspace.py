@@ -315,7 +315,8 @@ class Workspace:
     def _setup_torch(self) -> None:
         import torch
 
-        torch.set_num_threads(self.config.threads or len(os.sched_getaffinity(0)))
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
         quiet_transformers()
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 class Options(BaseModel):
@@ -56,7 +57,7 @@ class CorpusOptions(Options):
     """Stage zero: documents → tokens → packed blocks."""
 
     tokenizer: str = Field(description="Folder or hub name of the tokenizer all models share.")
-    tokenizer_revision: str | None = None
+    tokenizer_revision: str | None = Field(None, description="Hub revision.")
     block_length: Annotated[int, Field(ge=2)] = Field(1024, description="T, tokens of a block.")
     blocks_per_part: Count = Field(
         64, description="Blocks of a part: the unit of work, of a shard and of a resume."
@@ -76,8 +77,8 @@ class TeacherOptions(Options):
     device_map: str | None = Field(
         None, description='"auto" spreads a teacher over several GPUs (accelerate).'
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = False
+    attention: Attention = Field("sdpa", description="Implementation; all restart at documents.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     feature_layers: tuple[Count, ...] = Field(
         (), description="Decoder layers (1 = first) whose outputs are pooled and stored."
     )
@@ -116,18 +117,18 @@ class StudentOptions(Options):
     """Where the student comes from."""
 
     model: str = Field(description="Folder or hub name of the checkpoint it starts from.")
-    revision: str | None = None
+    revision: str | None = Field(None, description="Hub revision.")
     keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Decoder layers (0 = first) to keep; all if not given."
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = False
+    attention: Attention = Field("sdpa", description="Implementation; all restart at documents.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
 class FeaturePair(Options):
     """A student layer aligned with a teacher layer (1 = output of the first decoder block)."""
 
-    student: Count
+    student: Count = Field(description="Layer of the student.")
     teacher: Count | dict[str, Count] = Field(
         description="Layer of every teacher, or teacher → layer."
     )
@@ -137,8 +138,8 @@ class FeatureOptions(Options):
     """Alignment of pooled hidden states."""
 
     weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="β; 0 switches it off.")
-    kind: Literal["cosine", "mse"] = "cosine"
-    pairs: tuple[FeaturePair, ...] = ()
+    kind: Literal["cosine", "mse"] = Field("cosine", description="1 − cos, or mean squared error.")
+    pairs: tuple[FeaturePair, ...] = Field((), description="Layers to align.")
 
 
 class LossOptions(Options):
@@ -161,22 +162,26 @@ class TrainOptions(Options):
     steps: Count | None = Field(None, description="Optimizer steps, in place of `epochs`.")
     batch_blocks: Count = Field(1, description="Blocks of one forward and backward.")
     accumulate: Count = Field(1, description="Batches of one optimizer step.")
-    lr: Positive = 1e-3
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    lr: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="After the warm-up; wsd: constant, then linear decay."
+    )
     warmup: Fraction = Field(0.05, description="Share of the steps.")
     decay: Fraction = Field(0.2, description="wsd: share of the steps that decay to 0.")
     min_lr_ratio: Fraction = Field(0.0, description="cosine: final rate over lr.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.01, description="Of matrices; vectors are not decayed."
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: autocast, float32 weights."
     )
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    gradient_checkpointing: bool = Field(False, description="Less memory, a forward more.")
+    seed: int = Field(0, description="Of the blocks' order and of everything random.")
     eval_every: Count = Field(200, description="Steps between evaluations on held-out blocks.")
     checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept.")
     log_every: Count = Field(1, description="Steps between rows of metrics.jsonl.")
     baseline: bool = Field(
         False, description="Also train the same student for the same steps on cross-entropy alone."
@@ -194,7 +199,7 @@ class TrainOptions(Options):
 class EvaluateOptions(Options):
     """What is measured on the held-out blocks, and what the samples continue."""
 
-    batch_blocks: Count = 4
+    batch_blocks: Count = Field(4, description="Blocks of one forward.")
     samples: Annotated[int, Field(ge=0)] = Field(1, description="Continuations shown, per domain.")
-    prompt_tokens: Count = 48
-    new_tokens: Count = 64
+    prompt_tokens: Count = Field(48, description="Held-out tokens a sample continues.")
+    new_tokens: Count = Field(64, description="Tokens of a continuation.")

@@ -1,0 +1,195 @@
+"""Every mistake a user can make: one message with place, both values and what to do; no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Lab, make_model, make_tokenizer, sentences
+
+Cli = Callable[..., Any]
+
+
+def refused(result: Any, *parts: str, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    assert result.output.lstrip().splitlines()[-1].strip().startswith("to do:"), result.output
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.output, (part, result.output)
+
+
+def test_unknown_key(lab: Lab, cli: Cli) -> None:
+    refused(cli("plan", lab.write(trian={})), "trian: unknown key", "'train'", code=2)
+
+
+def test_missing_configuration(lab: Lab, cli: Cli) -> None:
+    refused(cli("plan", lab.root / "none.yaml"), "none.yaml", code=2)
+
+
+def test_unknown_command_and_option(cli: Cli) -> None:
+    assert cli("distil").exit_code == 2
+    assert cli("plan", "x.yaml", "--fast").exit_code == 2
+
+
+def test_missing_model(lab: Lab, cli: Cli) -> None:
+    config = lab.write(teachers__one__model=f"{lab.root}/nowhere")
+    refused(cli("cache-teachers", config), "teachers.one.model", "nowhere")
+
+
+def test_model_without_weights_or_tokenizer(lab: Lab, cli: Cli) -> None:
+    (lab.root / "b/model.safetensors").rename(lab.root / "b/hidden")
+    refused(cli("cache-teachers", lab.write()), "no safetensors weights", "teachers.two.model")
+    (lab.root / "b/hidden").rename(lab.root / "b/model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (lab.root / "b" / name).unlink()
+    refused(cli("cache-teachers", lab.write()), "tokenizer", "teachers.two.model")
+
+
+def test_another_tokenizer(lab: Lab, cli: Cli) -> None:
+    make_tokenizer(lab.root / "b", texts=[text[::-1] for text in sentences(200, 9)])
+    result = cli("cache-teachers", lab.write())
+    refused(result, "teacher 'two' has another tokenizer", "token id", "expected:", "found:")
+    assert not (lab.root / "run/cache/one").exists(), "an hour would have been spent first"
+
+
+def test_same_vocabulary_cut_differently(lab: Lab, cli: Cli) -> None:
+    path = lab.root / "b/tokenizer.json"
+    state = json.loads(path.read_text())
+    state["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(state))
+    refused(cli("cache-teachers", lab.write()), "cuts text differently", "pre_tokenizer")
+
+
+def test_student_with_another_tokenizer(lab: Lab, cli: Cli) -> None:
+    make_tokenizer(lab.root / "c", texts=[text[::-1] for text in sentences(200, 9)])
+    make_model(lab.root / "c", lab.vocab_size, 3)
+    config = lab.write(student={"model": f"{lab.root}/c"})
+    assert cli("cache-teachers", config).exit_code == 0
+    refused(cli("train-student", config), "the student has another tokenizer")
+
+
+def test_empty_corpus(lab: Lab, cli: Cli) -> None:
+    for name in ("x", "y", "held"):
+        (lab.root / f"{name}.jsonl").write_text('{"text": ""}\n')
+    refused(cli("prepare", lab.write()), "the corpus has no tokens")
+
+
+def test_corpus_without_files(lab: Lab, cli: Cli) -> None:
+    (lab.root / "y.jsonl").unlink()
+    refused(cli("prepare", lab.write()), "corpus.sources.1.path", "y.jsonl")
+
+
+def test_head_larger_than_the_vocabulary(lab: Lab, cli: Cli) -> None:
+    config = lab.write(store__k=lab.vocab_size + 1)
+    refused(cli("cache-teachers", config), "store.k", f"at most {lab.vocab_size}", code=2)
+    assert cli("cache-teachers", lab.write(store__k=lab.vocab_size)).exit_code == 0
+
+
+def test_block_longer_than_a_context(lab: Lab, cli: Cli) -> None:
+    config = lab.write(corpus__block_length=300)
+    refused(cli("cache-teachers", config), "corpus.block_length", "at most 256", "300", code=2)
+
+
+def test_layer_that_does_not_exist(lab: Lab, cli: Cli) -> None:
+    config = lab.write(teachers__two__feature_layers=[9])
+    refused(cli("cache-teachers", config), "teachers.two.feature_layers", "1 to 3", "[9]")
+
+
+def test_temperature_that_is_not_cached(lab: Lab, cli: Cli) -> None:
+    config = lab.write(loss__temperature=3.0)
+    assert cli("cache-teachers", config).exit_code == 0
+    refused(cli("train-student", config), "loss.temperature", "1.0, 2.0", "3.0", code=2)
+
+
+def test_cache_made_from_something_else_is_left_as_it_is(lab: Lab, cli: Cli) -> None:
+    assert cli("cache-teachers", lab.write()).exit_code == 0
+    before = {p: p.read_bytes() for p in (lab.root / "run/cache").rglob("*") if p.is_file()}
+    refused(cli("cache-teachers", lab.write(store__k=9)), "store.k=9", "store.k=8")
+    make_model(lab.root / "b", lab.vocab_size + 24, 77, hidden=64)
+    refused(cli("cache-teachers", lab.write()), "run/cache/two", "teacher.model.safetensors=")
+    after = {p: p.read_bytes() for p in (lab.root / "run/cache").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_run_with_other_settings_is_left_as_it_is(lab: Lab, cli: Cli) -> None:
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, lab.write()).exit_code == 0
+    model = lab.root / "run/students/fused/model/model.safetensors"
+    before = model.read_bytes()
+    refused(cli("train-student", lab.write(train__lr=1e-4)), "train.lr=0.0001", "train.lr=0.003")
+    assert model.read_bytes() == before
+
+
+def test_steps_out_of_order(lab: Lab, cli: Cli) -> None:
+    config = lab.write()
+    refused(cli("train-student", config), "not been prepared", "scholiast cache-teachers")
+    assert cli("prepare", config).exit_code == 0
+    refused(cli("train-student", config), "parts missing", "one: ")
+    assert cli("cache-teachers", config).exit_code == 0
+    refused(cli("evaluate", config), "has not been trained", "scholiast train-student")
+    refused(cli("report", config), "not been evaluated", "scholiast evaluate")
+    refused(cli("generate", config, "-p", "a"), "no trained student")
+
+
+def test_too_little_disk(lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("prepare", lab.write()).exit_code == 0
+    usage = shutil.disk_usage(lab.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(cli("cache-teachers", lab.write()), "too little disk space", "0.0 MB free")
+
+
+@pytest.mark.parametrize("name", ["head_ids/c/1/0/0", "entropy/c/0/0"])
+def test_damaged_cache(lab: Lab, cli: Cli, name: str) -> None:
+    """A flipped byte is refused, and following the message's advice mends it."""
+    config = lab.write()
+    assert cli("cache-teachers", config).exit_code == 0
+    root = lab.root / "run/cache/one"
+    path: Path = root / "notes.zarr" / name
+    data = bytearray(path.read_bytes())
+    data[10] ^= 4
+    path.write_bytes(data)
+    part = int(name.split("/")[2])
+    refused(cli("train-student", config), name, f"delete manifests/{part:06d}.json")
+    (root / f"manifests/{part:06d}.json").unlink()
+    assert cli("cache-teachers", config).exit_code == 0
+    assert cli("train-student", config).exit_code == 0
+
+
+def test_missing_shard(lab: Lab, cli: Cli) -> None:
+    config = lab.write()
+    assert cli("cache-teachers", config).exit_code == 0
+    (lab.root / "run/cache/two/notes.zarr/head_logprobs/c/0/0/0").unlink()
+    refused(cli("train-student", config), "head_logprobs/c/0/0/0", "missing")
+
+
+def test_nothing_to_train_on(lab: Lab, cli: Cli) -> None:
+    for source in lab.config["corpus"]["sources"]:
+        source["split"] = "heldout"
+    assert cli("cache-teachers", lab.write()).exit_code == 0
+    refused(cli("train-student", lab.write()), "no training blocks")
+
+
+def test_no_heldout_data_is_no_failure(lab: Lab, cli: Cli) -> None:
+    lab.config["corpus"]["sources"].pop()
+    for command in ("cache-teachers", "train-student", "evaluate", "report"):
+        result = cli(command, lab.write())
+        assert result.exit_code == 0, result.output
+    assert "no held-out data" in result.output
+
+
+def test_no_gpu(lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(cli("cache-teachers", lab.write(device="cuda")), "no GPU", "device", code=2)
+
+
+def test_debug_shows_the_traceback(lab: Lab, cli: Cli) -> None:
+    from storage.errors import IncompleteCache
+
+    with pytest.raises(IncompleteCache):
+        cli("train-student", lab.write(), "--debug", catch_exceptions=False)

@@ -1,0 +1,114 @@
+"""Killed with -9 anywhere, each command run again goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Lab
+
+SCHOLIAST = [sys.executable, "-m", "pipeline.cli"]
+
+
+def run(*arguments: object) -> None:
+    done = subprocess.run([*SCHOLIAST, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def kill_when(condition: Callable[[], bool], *arguments: object) -> None:
+    """Starts a command and kills it with -9 as soon as the condition holds."""
+    process = subprocess.Popen(
+        [*SCHOLIAST, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.002)
+    assert process.poll() is None, "the command ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Content of every file that is part of a result (measurements and temporaries are not)."""
+    skipped = ("log.jsonl", "hashes.json")
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in skipped and ".tmp" not in str(path)
+        and ".partial" not in path.name
+    }  # fmt: skip
+
+
+def manifests(run_dir: Path) -> int:
+    return len(list(run_dir.glob("cache/*/manifests/*.json")))
+
+
+def test_killed_cache_goes_on_and_ends_the_same(lab: Lab) -> None:
+    undisturbed = lab.write("undisturbed.yaml", run_dir=f"{lab.root}/undisturbed")
+    run("cache-teachers", undisturbed)
+    config, folder = lab.write(), lab.root / "run"
+    for parts in (1, 4, 9):
+        kill_when(lambda parts=parts: manifests(folder) >= parts, "cache-teachers", config)  # type: ignore[misc]
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("cache/*/manifests/*.json")}
+    assert len(kept) >= 9
+    run("cache-teachers", config)
+    assert all(p.stat().st_mtime_ns == mtime for p, mtime in kept.items()), "finished parts redone"
+    assert digests(folder / "cache") == digests(lab.root / "undisturbed/cache")
+    assert digests(folder / "corpus") == digests(lab.root / "undisturbed/corpus")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_killed_training_reaches_the_same_weights(lab: Lab, dropout: float) -> None:
+    settings = json.loads((lab.root / "a/config.json").read_text())
+    (lab.root / "a/config.json").write_text(json.dumps({**settings, "attention_dropout": dropout}))
+    options = {"train__steps": 40, "train__checkpoint_every": 3}
+    undisturbed = lab.write("undisturbed.yaml", run_dir=f"{lab.root}/undisturbed", **options)
+    config = lab.write(**options)
+    run("cache-teachers", undisturbed)
+    run("cache-teachers", config)
+    run("train-student", undisturbed)
+    folder = lab.root / "run/students/fused"
+
+    def step() -> int:
+        try:
+            return int((folder / "checkpoints/latest").read_text().rsplit("-", 1)[1])
+        except (OSError, IndexError):
+            return 0
+
+    for at in (3, 15):
+        kill_when(lambda at=at: step() >= at, "train-student", config)  # type: ignore[misc]
+    run("train-student", config)
+    assert digests(folder / "model") == digests(lab.root / "undisturbed/students/fused/model")
+
+    def rows(path: Path) -> list[dict[str, object]]:
+        measured = ("seconds", "peak_bytes")
+        lines = map(json.loads, path.read_text().splitlines())
+        return [{k: v for k, v in row.items() if k not in measured} for row in lines]
+
+    other = lab.root / "undisturbed/students/fused/metrics.jsonl"
+    assert rows(folder / "metrics.jsonl") == rows(other)
+
+
+def test_interrupt_says_how_to_go_on(lab: Lab) -> None:
+    config = lab.write(train__steps=2000)
+    run("cache-teachers", config)
+    process = subprocess.Popen(
+        [*SCHOLIAST, "train-student", str(config)], stderr=subprocess.PIPE, text=True
+    )
+    metrics = lab.root / "run/students/fused/metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "run the same command again" in errors

@@ -1,0 +1,89 @@
+"""The configuration: strict, and every mistake named with its place and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Lab
+from pydantic import ValidationError
+
+from pipeline.config import load_config
+from storage.errors import ConfigError
+
+DEMO = Path(__file__).resolve().parents[2] / "pipeline/configs/demo.yaml"
+
+
+def test_demo_is_valid_and_frozen() -> None:
+    config = load_config(DEMO)
+    assert list(config.teachers) == ["generalist", "code", "bible"]
+    with pytest.raises(ValidationError):
+        config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("train.lrr=1", r"train\.lrr: unknown key; did you mean 'lr'\?"),
+        ("teachers.code.dtyp=float32", r"teachers\.code\.dtyp: unknown key; did you mean 'dtype'"),
+        ("loss.features.weigth=1", r"loss\.features\.weigth: unknown key; did you mean 'weight'"),
+        ("corpus.sources.0.pat=x", r"corpus\.sources\.0\.pat: unknown key; did you mean 'path'"),
+        ("zzz=1", "zzz: unknown key; valid here: assets"),
+        ("train.lr=fast", r"train\.lr: .*number"),
+        ("train.lr=-1", r"train\.lr: .*greater than 0"),
+        ("store.k=0", r"store\.k: .*greater than or equal to 1"),
+        ("loss.alpha=2", r"loss\.alpha"),
+        ("train.steps=5", "either `epochs` or `steps`"),
+        ("device=gpu", "device"),
+        ("teachers={}", "teachers"),
+        ("corpus.sources.9.path=x", "override does not fit"),
+        ("train.lr", "not key=value"),
+        ("store.precision=best", r"store\.precision"),
+    ],
+)
+def test_mistakes_are_named(override: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        load_config(DEMO, [override])
+    assert caught.value.exit_code == 2
+
+
+def test_overrides_are_yaml_values() -> None:
+    config = load_config(
+        DEMO, ["train.lr=3e-4", "store.k=16", "corpus.sources.1.domain=c", "train.epochs=null",
+               "train.steps=7", "fusion.static={code: 2, bible: 1}", "store.temperatures=[2.0]"],
+    )  # fmt: skip
+    assert config.train.lr == 3e-4 and config.store.k == 16 and config.train.steps == 7
+    assert config.corpus.sources[1].domain == "c"
+    assert config.fusion.static == {"code": 2.0, "bible": 1.0}
+    assert config.store.temperatures == (2.0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("a: [", "not YAML"), ("- a", "not a mapping"), ("run_dir: x", "missing")],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_construct_objects(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: !!python/object/apply:os.getcwd []")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(path)
+
+
+def test_teacher_names_cannot_leave_the_cache(lab: Lab) -> None:
+    config: dict[str, Any] = yaml.safe_load(lab.write().read_text())
+    config["teachers"]["../up"] = config["teachers"]["one"]
+    path = lab.root / "bad.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match="folder's name"):
+        load_config(path)

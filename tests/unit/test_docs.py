@@ -1,0 +1,39 @@
+"""What the READMEs say about code that can be asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cli import main
+from pipeline.reference import rows, table
+from storage.layout import Layout
+
+TOP = Path(__file__).resolve().parents[2]
+
+
+def test_configuration_reference_is_current_and_complete() -> None:
+    assert table() in (TOP / "pipeline/README.md").read_text(), (
+        "run `python -m pipeline.reference` and put its table into pipeline/README.md"
+    )
+    assert not [key for key, _, _, meaning in rows() if not meaning]
+
+
+def test_every_command_is_described_with_an_example() -> None:
+    text = (TOP / "pipeline/README.md").read_text()
+    for name, command in main.commands.items():
+        assert f"`scholiast {name} CONFIG" in text
+        assert f"Example: scholiast {name} " in (command.help or "")
+
+
+def test_every_stored_array_is_in_the_format() -> None:
+    text = (TOP / "storage/README.md").read_text()
+    layout = Layout(1, 1, 8, 100, 4, "exact", (2.0,), (3,), 1, 4)
+    for name in layout.arrays():
+        assert f"`{name.replace('_3', '_<l>')}`" in text
+
+
+def test_every_file_of_a_room_is_in_its_readme() -> None:
+    for room in ("storage", "stages", "pipeline"):
+        text = (TOP / room / "README.md").read_text()
+        for path in (TOP / room).glob("*.py"):
+            assert path.name == "__init__.py" or f"`{path.name}`" in text, path

@@ -1,0 +1,99 @@
+"""Weights, temperatures and fused targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.annotate import annotate_logits
+from stages.fusion import fuse, temper, temperature_column
+from stages.options import FusionOptions
+from stages.weighting import WEIGHTINGS
+from storage.errors import ConfigError
+from storage.types import Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
+
+V, K = 50, 6
+
+
+def logits(seed: int, rows: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, V, generator=generator, dtype=torch.float64) * 2
+
+
+def as_notes(seed: int, k: int = K, temperatures: tuple[float, ...] = (2.0,)) -> TeacherNotes:
+    notes = annotate_logits(logits(seed), torch.zeros(9, dtype=torch.int64), k, temperatures)
+
+    def block(value: torch.Tensor) -> Float32:
+        return value[None].numpy().astype(np.float32)
+
+    return TeacherNotes(
+        SparseLogits(notes.ids[None].numpy().astype(np.int32), block(notes.logprobs)),
+        TokenStats(
+            block(notes.entropy), block(notes.log_tail_mass), block(notes.gold_logprob),
+            block(notes.log_z),
+        ),
+        PooledFeatures(np.zeros((1, 0), np.int32), {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_weights_are_a_distribution(name: str) -> None:
+    options = FusionOptions(weights=name, static={"a": 1.0, "b": 3.0})
+    weights = WEIGHTINGS[name](torch.rand(2, 11) * 5, ["a", "b"], options)
+    assert weights.shape == (2, 11) and bool((weights >= 0).all())
+    torch.testing.assert_close(weights.sum(0), torch.ones(11))
+
+
+def test_entropy_weights_follow_the_formula_and_its_limits() -> None:
+    entropy = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
+    found = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=0.7))
+    plain = torch.exp(-entropy / 0.7)
+    torch.testing.assert_close(found, plain / plain.sum(0))
+    far = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=1e6))
+    torch.testing.assert_close(far, torch.full((2, 2), 0.5), atol=1e-5, rtol=0)
+    near = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=1e-3))
+    assert near.argmax(0).tolist() == [0, 1] and float(near.max(0).values.min()) > 0.999
+
+
+def test_static_weights_must_name_every_teacher() -> None:
+    with pytest.raises(ConfigError, match=r"fusion\.static"):
+        WEIGHTINGS["static"](torch.rand(2, 3), ["a", "b"], FusionOptions(static={"a": 1.0}))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> None:
+    target = fuse(
+        {"a": as_notes(1), "b": as_notes(2)}, np.ones((1, 9), bool), (2.0,), V, temperature,
+        FusionOptions(),
+    )  # fmt: skip
+    for m, seed in enumerate((1, 2)):
+        dense = (logits(seed) / temperature).softmax(-1).float()
+        torch.testing.assert_close(target.p[m], dense.gather(-1, target.ids[m]), rtol=2e-5, atol=1e-7)
+        tail = 1 - dense.gather(-1, target.ids[m]).sum(-1)
+        torch.testing.assert_close(target.tail[m], tail, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(target.p.sum(-1) + target.tail, torch.ones(2, 9))
+    torch.testing.assert_close(target.logp.exp(), target.p)
+
+
+def test_complete_head_has_no_tail() -> None:
+    for temperature in (1.0, 2.0):
+        target = fuse(
+            {"a": as_notes(3, V)}, np.ones((1, 9), bool), (2.0,), V, temperature, FusionOptions()
+        )
+        assert float(target.tail.abs().max()) == 0.0
+        torch.testing.assert_close(target.p.sum(-1), torch.ones(1, 9))
+
+
+def test_rounded_head_is_scaled_to_the_exact_tail() -> None:
+    logprobs = torch.tensor([[0.5, 0.3]]).log() * 1.002  # as if rounded
+    _, p, tail = temper(logprobs, torch.tensor([0.2]).log(), None, 1.0, False)
+    torch.testing.assert_close(p.sum(-1) + tail, torch.ones(1))
+    torch.testing.assert_close(tail, torch.tensor([0.2]))
+
+
+def test_temperature_the_cache_cannot_serve_is_refused_with_those_it_can() -> None:
+    assert temperature_column(1.0, (1.5, 2.0)) is None
+    assert temperature_column(2.0, (1.5, 2.0)) == 1
+    with pytest.raises(ConfigError, match=r"one of 1\.0, 1\.5, 2\.0"):
+        temperature_column(3.0, (1.5, 2.0))

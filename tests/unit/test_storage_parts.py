@@ -1,0 +1,102 @@
+"""Codecs with their bounds, durable writes, fingerprints."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from storage import durable
+from storage.codec import (
+    LOGPROB_CODECS,
+    ExactLogprobs,
+    LogprobCodec,
+    RoundedMagnitude,
+    codec_named,
+    from_bfloat16,
+    to_bfloat16,
+)
+from storage.errors import DiskFull
+from storage.fingerprint import differences, fingerprint
+from storage.types import LOG_ZERO, Float32
+
+LOGPROBS = arrays(np.float32, (3, 7), elements=st.floats(LOG_ZERO, 0.0, width=32))
+
+
+class CodecConformance:
+    """What every logprob codec must do; a codec is these few lines."""
+
+    codec: LogprobCodec
+    relative_error: float
+
+    @given(LOGPROBS)
+    def test_error_is_within_the_stated_bound(self, values: Float32) -> None:
+        stored = self.codec.encode(values)
+        assert stored.dtype == self.codec.dtype and stored.shape == values.shape
+        decoded = self.codec.decode(stored)
+        assert decoded.dtype == np.float32
+        # Below the smallest normal float32 the bound is absolute.
+        bound = self.relative_error * np.abs(values) + 1e-37 * bool(self.relative_error)
+        assert np.all(np.abs(decoded.astype(np.float64) - values) <= bound)
+        assert np.all(decoded <= 0.0) and np.all(np.isfinite(decoded))
+
+    def test_is_found_by_name_and_keeps_certainty(self) -> None:
+        assert codec_named(self.codec.to_dict()["name"]) == self.codec
+        zeros = np.array([0.0, -0.0], np.float32)
+        assert np.array_equal(self.codec.decode(self.codec.encode(zeros)), zeros)
+
+
+class TestExact(CodecConformance):
+    codec, relative_error = ExactLogprobs(), 0.0
+
+
+class TestRoundedMagnitude(CodecConformance):
+    codec, relative_error = RoundedMagnitude(), 2.0**-9
+
+
+def test_every_codec_is_under_test() -> None:
+    assert set(LOGPROB_CODECS.values()) == {TestExact.codec, TestRoundedMagnitude.codec}
+
+
+@given(arrays(np.float32, 20, elements=st.floats(-1e30, 1e30, width=32)))
+def test_bfloat16_error(values: Float32) -> None:
+    decoded = from_bfloat16(to_bfloat16(values))
+    assert np.all(np.abs(decoded - values) <= 2.0**-8 * np.abs(values) + 1e-37)
+
+
+def test_write_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    durable.write_bytes(path, b"old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="disk is full") as caught:
+        durable.write_bytes(path, b"new")
+    assert "run the same command again" in str(caught.value)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_free_space_is_asked_for_before(tmp_path: Path) -> None:
+    durable.require_free(tmp_path / "not" / "yet", 1, "a test")
+    with pytest.raises(DiskFull, match="too little disk space for a test"):
+        durable.require_free(tmp_path / "not" / "yet", 1 << 60, "a test")
+
+
+def test_fingerprint_ignores_order_and_sees_values() -> None:
+    assert fingerprint({"a": 1, "b": [1.5]}) == fingerprint({"b": [1.5], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+    with pytest.raises(ValueError, match="JSON"):
+        fingerprint({"a": float("nan")})
+
+
+def test_differences_are_named() -> None:
+    found = list(differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}))
+    assert found == [("a.c", 2, 4), ("d", 3, None)]

@@ -25,27 +25,36 @@ class ScholiastGroup(click.Group):
     """Shows errors as one message without a traceback, unless --debug is given."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        debug = "--debug" in (kwargs.get("args") or sys.argv)
+        self._debug = "--debug" in (kwargs.get("args") or sys.argv)
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": True})
-        except ScholiastError as error:
-            if debug:
-                raise
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:
-            if debug:
-                raise
-            click.echo(f"error: {error.strerror or error}: {error.filename or ''}", err=True)
-            sys.exit(1)
-        except Exception as error:
-            if debug:
-                raise
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
             click.echo(
-                f"error: unexpected {type(error).__name__}: {error}\n"
-                "  to do:     run again with --debug for the traceback, and report it", err=True
-            )  # fmt: skip
-            sys.exit(1)
+                "\ninterrupted; what is finished is kept: run the same command again to go on",
+                err=True,
+            )
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if self._debug:
+                raise
+            click.echo(f"error: {_message(error)}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, ScholiastError) else 1)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ScholiastError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}\n  to do:     check that path"
+    return (
+        f"unexpected {type(error).__name__}: {error}\n"
+        "  to do:     run again with --debug for the traceback, and report it"
+    )
 
 
 def run_options(command: F) -> F:

@@ -178,24 +178,24 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
 
 def _fields_at(loc: Sequence[int | str]) -> Mapping[str, Any]:
     """Returns the fields of the model that lies at a place in the configuration."""
-    model: Any = RunConfig
-    for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            if part not in model.model_fields:
-                return {}
-            model = model.model_fields[str(part)].annotation
-        model = _inner_model(model)
-        if model is None:
+    model: type[BaseModel] = RunConfig
+    parts = iter(loc)
+    for part in parts:
+        if str(part) not in model.model_fields:
             return {}
-    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+        annotation = model.model_fields[str(part)].annotation
+        inner = _inner_model(annotation)
+        if inner is None:
+            return {}
+        if inner is not annotation:  # a mapping or a list of them: the next part names one
+            next(parts, None)
+        model = inner
+    return model.model_fields
 
 
-def _inner_model(annotation: Any) -> Any:
-    """Returns the model inside dict[str, Model], tuple[Model, ...] or Model | …"""
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """Returns the model that an annotation is, or holds: dict[str, Model], tuple[Model, ...]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _inner_model(argument)
-        if found is not None:
-            return found
-    return None
+    found = (_inner_model(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in found if model is not None), None)

@@ -15,7 +15,9 @@ from pydantic_core import PydanticUndefined
 from pipeline.config import RunConfig
 
 
-def rows(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def rows(
+    model: type[BaseModel] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
     """Yields (dotted key, type, default, meaning) of every key, sections opened."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -23,7 +25,7 @@ def rows(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple
         if inner is not None:
             yield from rows(inner, f"{key}{suffix}.")
             continue
-        default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+        default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else _value(default)
         yield key, _type(field.annotation), shown, field.description or ""
 

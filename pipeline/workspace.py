@@ -294,7 +294,7 @@ class Workspace:
         if not tokens:
             raise ConfigError("the prompt is empty", where="--prompt", todo="give some text")
         model = load_causal_lm(
-            folder, f"student {student}", dtype=torch.float32, attention="sdpa",
+            folder, f"student {student}", dtype=torch.float32, attention="auto",
             device=choose_device(self.config.device),
             trust_remote_code=self.config.student.trust_remote_code,
         )  # fmt: skip

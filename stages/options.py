@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 class Options(BaseModel):
@@ -77,7 +77,9 @@ class TeacherOptions(Options):
     device_map: str | None = Field(
         None, description='"auto" spreads a teacher over several GPUs (accelerate).'
     )
-    attention: Attention = Field("sdpa", description="Implementation; all restart at documents.")
+    attention: Attention = Field(
+        "auto", description="Implementation; auto: sdpa where the model has it."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     feature_layers: tuple[Count, ...] = Field(
         (), description="Decoder layers (1 = first) whose outputs are pooled and stored."
@@ -121,7 +123,9 @@ class StudentOptions(Options):
     keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Decoder layers (0 = first) to keep; all if not given."
     )
-    attention: Attention = Field("sdpa", description="Implementation; all restart at documents.")
+    attention: Attention = Field(
+        "auto", description="Implementation; auto: sdpa where the model has it."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 

@@ -113,7 +113,9 @@ class TransformersTeacher:
     def logits(self, hidden_CD: Tensor) -> Tensor:
         head = self._head
         if self._buffer is None or len(self._buffer) < len(hidden_CD):
-            self._buffer = head.weight.new_empty(len(hidden_CD), self.head_rows, dtype=torch.float32)
+            self._buffer = head.weight.new_empty(
+                len(hidden_CD), self.head_rows, dtype=torch.float32
+            )
         return head.logits(hidden_CD.to(head.weight.device), self._buffer[: len(hidden_CD)])
 
     def close(self) -> None:
@@ -143,7 +145,7 @@ def load_causal_lm(
     loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, device_map=device_map,
+            folder, dtype=dtype, attn_implementation=None if attention == "auto" else attention, device_map=device_map,
             trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
         if info["missing_keys"]:

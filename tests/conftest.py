@@ -12,15 +12,21 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 import yaml
+
+# A loaded machine is no failure.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "the quick brown fox jumps over a lazy dog while naïve café owners 漢字 drink tea 🍵 at noon".split()
+TEXT = "the quick brown fox jumps over a lazy dog while naïve café owners 漢字 drink tea 🍵 at noon"
+WORDS = TEXT.split()
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -32,11 +32,16 @@ def sparse_target(dense: Tensor, k: int, temperature: float = 1.0) -> FusedTarge
     tail = tempered.scatter(-1, ids, 0.0).sum(-1)
     generator = torch.Generator().manual_seed(9)
     weights = torch.rand(dense.shape[:2], generator=generator, dtype=dense.dtype)
-    return FusedTarget(ids, p.log(), p, tail, weights / weights.sum(0), dense.shape[-1], temperature)
+    return FusedTarget(
+        ids, p.log(), p, tail, weights / weights.sum(0), dense.shape[-1], temperature
+    )
 
 
 def make(
-    dtype: torch.dtype = torch.float64, padding: int = 0, bias: bool = False, rule: HeadRule | None = None
+    dtype: torch.dtype = torch.float64,
+    padding: int = 0,
+    bias: bool = False,
+    rule: HeadRule | None = None,
 ) -> tuple[Tensor, Head, Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(R, D, generator=generator, dtype=torch.float64).to(dtype)
@@ -44,7 +49,10 @@ def make(
     gold = torch.randint(0, V, (R,), generator=generator)
     offset = torch.randn(V + padding, generator=generator, dtype=torch.float64).to(dtype)
     head = Head(
-        weight.requires_grad_(), offset.requires_grad_() if bias else None, rule or HeadRule(), False
+        weight.requires_grad_(),
+        offset.requires_grad_() if bias else None,
+        rule or HeadRule(),
+        False,
     )
     return hidden.requires_grad_(), head, gold
 
@@ -122,7 +130,9 @@ def test_gradcheck(temperature: float) -> None:
     target = sparse_target(dense_teachers(torch.Generator().manual_seed(4)), K, temperature)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return chunked_loss(hidden, Head(weight, None, HeadRule(), False), gold, target, 0.4, 0.6, 8).total
+        return chunked_loss(
+            hidden, Head(weight, None, HeadRule(), False), gold, target, 0.4, 0.6, 8
+        ).total
 
     check: Callable[..., bool] = torch.autograd.gradcheck
     assert check(loss, (hidden, head.weight))

@@ -65,7 +65,9 @@ def test_every_token_but_a_documents_first_is_a_target_once(lab: Lab) -> None:
     blocks = read_all(lab, options(lab))
     texts = texts_of(lab)
     tokens, document = expected_tokens(lab, texts)
-    targets = [t for t, d, before in zip(tokens[1:], document[1:], document, strict=False) if d == before]
+    targets = [
+        t for t, d, before in zip(tokens[1:], document[1:], document, strict=False) if d == before
+    ]
     assert blocks.gold[blocks.scored].tolist() == targets
     assert int(blocks.scored.sum()) == len(tokens) - len(texts)
 
@@ -116,7 +118,11 @@ def test_blocks_do_not_mix_sources_and_splits(lab: Lab) -> None:
     blocks = read_all(lab, chosen)
     info = load_info(lab.root / "corpus")
     assert info is not None
-    assert [(s.domain, s.split) for s in info.sources] == [("x", "train"), ("x", "heldout"), ("y", "train")]
+    assert [(s.domain, s.split) for s in info.sources] == [
+        ("x", "train"),
+        ("x", "heldout"),
+        ("y", "train"),
+    ]
     heldout = {i for i, text in enumerate(texts_of(lab)) if is_heldout(text, 0.3)}
     assert 0 < len(heldout) < 30
     for split, wanted in (("heldout", heldout), ("train", set(range(30)) - heldout)):
@@ -232,7 +238,7 @@ def test_flipped_byte_is_refused(lab: Lab) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptShard, match="000001.arrow"):
+    with pytest.raises(CorruptShard, match=r"000001\.arrow"):
         BlockReader(lab.root / "corpus").read([4])
 
 

@@ -69,7 +69,9 @@ def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> 
     )  # fmt: skip
     for m, seed in enumerate((1, 2)):
         dense = (logits(seed) / temperature).softmax(-1).float()
-        torch.testing.assert_close(target.p[m], dense.gather(-1, target.ids[m]), rtol=2e-5, atol=1e-7)
+        torch.testing.assert_close(
+            target.p[m], dense.gather(-1, target.ids[m]), rtol=2e-5, atol=1e-7
+        )
         tail = 1 - dense.gather(-1, target.ids[m]).sum(-1)
         torch.testing.assert_close(target.tail[m], tail, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(target.p.sum(-1) + target.tail, torch.ones(2, 9))

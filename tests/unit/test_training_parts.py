@@ -111,7 +111,9 @@ def test_cut_student_computes_with_the_kept_layers(tmp_path: Path) -> None:
     cut = cut_layers(model, (0, 3)).eval()
     assert cut.config.num_hidden_layers == 2
     for ours, theirs in zip(cut.model.layers, kept, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
     cut.save_pretrained(tmp_path / "cut")
     from transformers import AutoModelForCausalLM
 

@@ -145,7 +145,8 @@ def load_causal_lm(
     loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
-            folder, dtype=dtype, attn_implementation=None if attention == "auto" else attention, device_map=device_map,
+            folder, dtype=dtype, device_map=device_map,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
         if info["missing_keys"]:

@@ -183,7 +183,7 @@ def _fields_at(loc: Sequence[int | str]) -> Mapping[str, Any]:
     for part in parts:
         if str(part) not in model.model_fields:
             return {}
-        annotation = model.model_fields[str(part)].annotation
+        annotation: Any = model.model_fields[str(part)].annotation
         inner = _inner_model(annotation)
         if inner is None:
             return {}

@@ -107,7 +107,7 @@ def require_free(folder: Path, needed: int, what: str) -> None:
         raise DiskFull(
             f"too little disk space for {what}",
             where=folder,
-            expected=f"at least {needed / 1e6:,.1f} MB free",
-            found=f"{free / 1e6:,.1f} MB free",
+            expected=f"at least {needed / 1e6:,.3f} MB free",
+            found=f"{free / 1e6:,.3f} MB free",
             todo="free some space, choose another folder, or store less (smaller store.k)",
         )

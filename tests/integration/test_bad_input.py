@@ -139,7 +139,7 @@ def test_too_little_disk(lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     assert cli("prepare", lab.write()).exit_code == 0
     usage = shutil.disk_usage(lab.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(cli("cache-teachers", lab.write()), "too little disk space", "0.0 MB free")
+    refused(cli("cache-teachers", lab.write()), "too little disk space", "0.001 MB free")
 
 
 @pytest.mark.parametrize("name", ["head_ids/c/1/0/0", "entropy/c/0/0"])

@@ -49,6 +49,13 @@ class ScholiastGroup(click.Group):
 def _message(error: Exception) -> str:
     if isinstance(error, ScholiastError):
         return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return (
+            "the device's memory is exhausted\n"
+            "  to do:     lower teachers.NAME.batch_blocks or train.batch_blocks (and raise "
+            "train.accumulate),\n             store.chunk_tokens or loss.chunk_tokens, or set "
+            "train.gradient_checkpointing: true"
+        )
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}\n  to do:     check that path"
     return (

@@ -190,20 +190,21 @@ class Workspace:
 
         from stages.device import choose_device
         from stages.features import resolve_pairs
-        from stages.student import DistilledStudent, build_student
+        from stages.student import DistilledStudent, build_student, require_student_fit
         from stages.train_student import Trainer
 
         torch.manual_seed(run.train.seed)  # the projections' first values
         device = choose_device(self.config.device)
         model = build_student(self.config.student, self._student_folder(), device)
+        require_student_fit(model, jobs[0].layout)
         layouts = {job.name: job.layout for job in jobs}
         pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
         sizes = {n: one.hidden_size for n, one in layouts.items()}
         bf16 = run.train.precision == "bf16"
         student = DistilledStudent(model, run.loss, bf16, pairs, sizes).to(device)
-        full = self.batch_reader()
-        reader = full if name == FUSED else self.batch_reader(teachers=False)
-        Trainer(run, student, tokenizer, reader, full, self.progress).train()
+        # Two readers: one is read ahead in a thread while the other serves an evaluation.
+        reader, evaluation = self.batch_reader(teachers=name == FUSED), self.batch_reader()
+        Trainer(run, student, tokenizer, reader, evaluation, self.progress).train()
 
     def batch_reader(self, teachers: bool = True) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage import durable
 from storage.errors import CheckpointError
+from storage.fingerprint import file_sha256
 
 _LATEST = "latest"
 
@@ -60,7 +61,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     with durable.disk_errors(root), _quiet():
         dcp_save(tensors, checkpoint_id=temporary, no_dist=True)
-        (temporary / "facts.json").write_text(json.dumps({**facts, "step": step}))
+        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        body = {**facts, "step": step, "files": files}
+        (temporary / "facts.json").write_text(json.dumps(body))
         durable.replace_folder(temporary, root / name)
         durable.write_bytes(root / _LATEST, name.encode())
     for old in sorted(root.glob("step-*"))[:-keep]:
@@ -95,12 +98,23 @@ def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
         ) from error  # fmt: skip
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Any]) -> None:
+def load_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Loads a checkpoint into the given tensors, in place.
+
+    Args:
+        facts: from `latest_checkpoint`; they hold the sha256 of every file.
 
     Raises:
         CheckpointError: it is damaged or has other tensors.
     """
+    for name, digest in facts["files"].items():
+        path = folder / name
+        if not path.exists() or file_sha256(path) != digest:
+            raise CheckpointError(
+                "a file of the checkpoint is missing or has bytes that were not written there",
+                where=path, todo="point `latest` at an older step-* folder, or delete the "
+                "checkpoints to begin anew",
+            )  # fmt: skip
     try:
         with _quiet():
             dcp_load(tensors, checkpoint_id=folder, no_dist=True)

@@ -143,7 +143,10 @@ class Packer:
         """Packs what is not packed yet; returns each part's content digest."""
         cursor, digests = self._resume()
         first = cursor.pass_index
-        self.progress.start("prepare: packing", len(self._passes), "source", first)
+        # Every source is opened before the first is packed: a missing one is told at once.
+        sizes = [len(self._rows(number)) for number, _ in self._passes]
+        self._told = sum(sizes[:first]) + cursor.row
+        self.progress.start("prepare corpus", sum(sizes), "document", self._told)
         for index in range(first, len(self._passes)):
             if index != cursor.pass_index:
                 cursor = Cursor(index)
@@ -153,11 +156,15 @@ class Packer:
                 if len(self._pending) == self.options.blocks_per_part:
                     digests.append(self._commit(len(digests), cursor))
             self._close(index, cursor)
-            self.progress.advance(1)
+            self._tell(sum(sizes[: index + 1]))
         if self._pending:
             digests.append(self._commit(len(digests), Cursor(len(self._passes))))
         self.progress.finish()
         return digests
+
+    def _tell(self, documents: int) -> None:
+        self.progress.advance(documents - self._told)
+        self._told = documents
 
     def _resume(self) -> tuple[Cursor, list[str]]:
         cursor, digests = Cursor(), list[str]()
@@ -200,6 +207,7 @@ class Packer:
         """Yields a pass's documents as parallel arrays, the first one from the cursor's token on."""
         number, heldout = self._passes[index]
         base = sum(len(self._rows(earlier)) for earlier in range(number))
+        before = sum(len(self._rows(earlier)) for earlier, _ in self._passes[:index])
         stream = DocumentStream(
             self.options.sources[number], f"corpus.sources.{number}", self._rows(number),
             heldout, self.tokenizer, self._eos,
@@ -216,6 +224,7 @@ class Packer:
             }
             skip = cursor.token if document.row == cursor.row else 0
             yield {name: array[skip:] for name, array in piece.items()}
+            self._tell(before + document.row + 1)
 
     def _cut(self, index: int, cursor: Cursor) -> Iterator[tuple[TokenBlocks, Cursor]]:
         """Yields a pass's blocks from the cursor on, each with the cursor that follows it."""

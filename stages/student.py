@@ -15,9 +15,11 @@ from stages.batches import Batch
 from stages.chunked_head import chunked_loss
 from stages.features import FeatureAligner, Pair
 from stages.head import Head, captured_layers, find_decoder_layers
+from stages.model_files import context_length
 from stages.options import LossOptions, StudentOptions
 from stages.teacher import load_causal_lm
-from storage.errors import ConfigError
+from storage.errors import ConfigError, VocabularyMismatch
+from storage.layout import Layout
 
 
 def build_student(options: StudentOptions, folder: Path, device: torch.device) -> Any:
@@ -34,6 +36,28 @@ def build_student(options: StudentOptions, folder: Path, device: torch.device) -
     if options.keep_layers is not None:
         model = cut_layers(model, options.keep_layers)
     return model.to(device)
+
+
+def require_student_fit(model: Any, layout: Layout) -> None:
+    """Refuses a student without a logit for every id, or with too short a context.
+
+    Raises:
+        VocabularyMismatch, ConfigError
+    """
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    if rows < layout.vocab_size:
+        raise VocabularyMismatch(
+            "the student has fewer logits than the tokenizer has ids", where="student.model",
+            expected=f"at least {layout.vocab_size}", found=rows,
+            todo="use the tokenizer this model was trained with, or resize its embeddings",
+        )  # fmt: skip
+    longest = context_length(model.config.get_text_config().to_dict())
+    if longest is not None and layout.block_length > longest:
+        raise ConfigError(
+            "blocks are longer than the student's context", where="corpus.block_length",
+            expected=f"at most {longest}", found=layout.block_length,
+            todo="prepare the corpus with shorter blocks, or choose another student",
+        )  # fmt: skip
 
 
 def cut_layers(model: Any, keep: Sequence[int]) -> Any:

@@ -212,8 +212,14 @@ class Trainer:
         return {
             "student": dict(self.student.state_dict()),
             "optimizer": {str(i): dict(values) for i, values in moments.items()},
-            "random": {"cpu": torch.get_rng_state()},
+            "random": self._random_state(),
         }
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def _save(self) -> None:
         facts = {
@@ -234,12 +240,14 @@ class Trainer:
         _require_identity(self.run, facts["identity"], folder)
         materialise_moments(self.optimizer)
         state = self._state()
-        load_checkpoint(folder, state)
+        load_checkpoint(folder, facts, state)
         self.student.load_state_dict(state["student"])
         saved = self.optimizer.state_dict()
         saved["state"] = {int(i): values for i, values in state["optimizer"].items()}
         self.optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.step = int(facts["step"])
         self.position = Position(**facts["position"])
         self.tokens, self.seconds = int(facts["tokens"]), float(facts["seconds"])

@@ -72,6 +72,34 @@ def test_student_with_another_tokenizer(lab: Lab, cli: Cli) -> None:
     refused(cli("train-student", config), "the student has another tokenizer")
 
 
+def test_student_with_too_few_logits_or_too_short_a_context(lab: Lab, cli: Cli) -> None:
+    assert cli("cache-teachers", lab.write()).exit_code == 0
+    shutil.copytree(lab.root / "a", lab.root / "c")
+    make_model(lab.root / "c", lab.vocab_size - 1, 3)
+    small = lab.write(student={"model": f"{lab.root}/c"})
+    refused(cli("train-student", small), "the student has fewer logits")
+    make_model(lab.root / "c", lab.vocab_size, 3)
+    path = lab.root / "c/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 16}))
+    refused(cli("train-student", small), "the student's context", "at most 16", code=2)
+
+
+def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
+    """A flipped byte is refused; following the advice mends it."""
+    config = lab.write()
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, config).exit_code == 0
+    folder = lab.root / "run/students/fused"
+    shutil.rmtree(folder / "model")
+    path = next((folder / "checkpoints").glob("step-00000006/*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(cli("train-student", config), path.name, "older step-* folder")
+    (folder / "checkpoints/latest").write_text("step-00000004")
+    assert cli("train-student", config).exit_code == 0
+
+
 def test_empty_corpus(lab: Lab, cli: Cli) -> None:
     for name in ("x", "y", "held"):
         (lab.root / f"{name}.jsonl").write_text('{"text": ""}\n')

@@ -114,7 +114,7 @@ def main() -> None:
     Example:
       scholiast plan pipeline/configs/demo.yaml
       scholiast cache-teachers pipeline/configs/demo.yaml
-      scholiast train-student pipeline/configs/demo.yaml --set train.lr=5e-4
+      scholiast train-student pipeline/configs/demo.yaml
     """
 
 

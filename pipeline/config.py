@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stages.options import (
     CorpusOptions,
@@ -62,7 +62,45 @@ class RunConfig(Options):
                 or name[0] == "."
             ):
                 raise ValueError(f"{name!r} is a folder's name: letters, digits, '-', '_', '.'")
+            if name == "fused":
+                raise ValueError(
+                    "a teacher cannot be named 'fused': reports use it for the ensemble"
+                )
         return teachers
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        """What stage two will need of stage one is asked for before stage one runs."""
+        grid = (1.0, *self.store.temperatures)
+        if self.loss.temperature not in grid:
+            raise ValueError(
+                f"loss.temperature {self.loss.temperature} is neither 1 nor in store.temperatures "
+                f"{list(self.store.temperatures)}: the caches could not serve it"
+            )
+        static = self.fusion.static
+        if self.fusion.weights == "static" and (
+            set(static) != set(self.teachers) or not sum(static.values())
+        ):
+            raise ValueError(
+                f"fusion.static must give each of {list(self.teachers)} a weight, one of them positive"
+            )
+        self._check_pairs()
+        return self
+
+    def _check_pairs(self) -> None:
+        features = self.loss.features
+        if features.weight and not features.pairs:
+            raise ValueError("loss.features.weight is set but loss.features.pairs is empty")
+        for i, pair in enumerate(features.pairs if features.weight else ()):
+            named = pair.teacher
+            layers = named if isinstance(named, dict) else dict.fromkeys(self.teachers, named)
+            for name, layer in layers.items():
+                stored = self.teachers[name].feature_layers if name in self.teachers else ()
+                if layer not in stored:
+                    raise ValueError(
+                        f"loss.features.pairs.{i} wants layer {layer} of teacher {name!r}, and "
+                        f"teachers.{name}.feature_layers is {list(stored)}"
+                    )
 
     @property
     def run(self) -> Path:
@@ -157,7 +195,8 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
         elif item["type"] == "missing":
             problems.append(f"{key}: missing")
         else:
-            problems.append(f"{key}: {item['msg']} (found {item['input']!r:.60})")
+            found = f" (found {item['input']!r:.60})" if key else ""
+            problems.append(f"{key}: {item['msg']}{found}".removeprefix(": "))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     listed = "\n             ".join(problems)
     return ConfigError(

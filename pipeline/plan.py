@@ -51,7 +51,7 @@ def make_plan(work: Workspace, rate: float | None = None) -> tuple[list[PlanRow]
     Raises:
         ScholiastError: the configuration does not fit what is there.
     """
-    info = work.prepared() if _tokenizer_present(work) else None
+    info, jobs = work.looked_at()
     tokens = info.blocks * info.block_length if info else _estimate_tokens(work)
     length = work.config.corpus.block_length
     blocks = info.blocks if info else math.ceil(tokens / length)
@@ -59,7 +59,6 @@ def make_plan(work: Workspace, rate: float | None = None) -> tuple[list[PlanRow]
     facts = {"tokens": tokens, "blocks": blocks, "parts": parts, "estimated": info is None}
     rows = [_corpus_row(work, info, tokens, parts)]
     pace = _Pace(work, rate)
-    jobs = work.jobs(info) if info else []
     for name in work.config.teachers:
         job = next((j for j in jobs if j.name == name), None)
         rows.append(_teacher_row(work, name, job, tokens, parts, pace))
@@ -101,11 +100,6 @@ def measure_flops(device_name: str) -> float:
     return 2.0 * n**3 * count / elapsed
 
 
-def _tokenizer_present(work: Workspace) -> bool:
-    """Before the demonstration's assets are built there is nothing to look at."""
-    return work.config.assets is None or Path(work.config.corpus.tokenizer).is_dir()
-
-
 def _estimate_tokens(work: Workspace) -> int:
     """Returns a guess at the corpus's tokens from the sizes of its local files."""
     size = 0
@@ -138,8 +132,9 @@ def _teacher_row(
 ) -> PlanRow:
     options = work.config.teachers[name]
     label = f"cache {name}"
-    if work.config.assets == "demo" and not Path(options.model).is_dir():
-        return PlanRow(label, 0, parts, 150.0 * tokens, None, "model not built yet")
+    if not work.there(options.model, options.revision):
+        raw = 300.0 * COMPRESSION * work.config.store.k / 64
+        return PlanRow(label, 0, parts, raw * tokens, None, "model not here yet")
     if job is not None and not job.pending:
         return PlanRow(label, parts, parts, stored_bytes(job), None, "done")
     left = tokens if job is None else len(job.pending) * job.block_tokens
@@ -179,7 +174,7 @@ def _student_rows(
     train = len(info.block_ids("train")) * info.block_length if info else tokens
     step_tokens = config.train.batch_blocks * config.train.accumulate * config.corpus.block_length
     steps = config.train.steps or math.ceil(train * (config.train.epochs or 1) / step_tokens)
-    built = Path(config.student.model).is_dir() or config.assets is None
+    built = work.there(config.student.model, config.student.revision)
     count = _student_parameters(work) if built else 0
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
@@ -189,7 +184,7 @@ def _student_rows(
         done = newest_step(folder)
         seconds = pace.seconds(8.0 * count * step_tokens * (steps - done)) if built else None
         size = 12.0 * count * config.train.keep_checkpoints + 4.0 * count
-        basis = "estimate from parameters" if built else "model not built yet"
+        basis = "estimate from parameters" if built else "model not here yet"
         rows.append(PlanRow(f"train {name}", done, steps, size, seconds, basis))
     return rows
 

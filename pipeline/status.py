@@ -16,17 +16,14 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
         StaleCache, CorruptShard, MissingShard: what lies there is not usable.
     """
     config, rows = work.config, []
-    built = config.assets is None or Path(config.corpus.tokenizer).is_dir()
-    info = work.prepared() if built else None
+    info, jobs = work.looked_at()
     if info is None:
         done = len(list((config.corpus_folder / "manifests").glob("*.json")))
         rows.append(_row("prepare corpus", done, 0))
-        rows += [_row(f"cache {name}", 0, 0) for name in config.teachers]
     else:
         rows.append(_row("prepare corpus", info.parts, info.parts))
-        rows += [
-            _row(f"cache {job.name}", len(job.done), job.layout.parts) for job in work.jobs(info)
-        ]
+    known = {job.name: (len(job.done), job.layout.parts) for job in jobs}
+    rows += [_row(f"cache {name}", *known.get(name, (0, 0))) for name in config.teachers]
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
         done, total = newest_step(folder), 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
-from stages.model_files import locate, model_identity, parameters, read_config
+from stages.model_files import locate, model_identity, parameters, present, read_config
 from stages.options import LossOptions
 from stages.progress import Progress
 from stages.teacher_jobs import TeacherJob, plan_jobs, read_log, stored_bytes
@@ -19,6 +19,7 @@ from storage import durable
 from storage.blocks import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import HashMemo, fingerprint
+from storage.writer import save_info
 
 if TYPE_CHECKING:
     from stages.batches import BatchReader
@@ -77,6 +78,9 @@ class Workspace:
         """Does what is left of stage one; returns the finished jobs."""
         info = self.prepare()
         jobs = self.jobs(info)
+        for job in jobs:
+            if job.done:  # a cache.json that was lost is written again
+                save_info(job.root, job.identity, job.layout)
         if any(job.pending for job in jobs):
             self._setup_torch()
             from stages.cache_teachers import cache_teachers
@@ -124,7 +128,8 @@ class Workspace:
 
         config = self.config
         folder = self._student_folder()
-        dtype = read_config(folder, "student.model").get("dtype") or "float32"
+        settings = read_config(folder, "student.model")
+        dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
         heldout, train = info.block_ids("heldout"), info.block_ids("train")
         losses = {FUSED: config.loss}
         if config.train.baseline:
@@ -137,6 +142,9 @@ class Workspace:
         for name, loss in losses.items():
             identity = {
                 "corpus": info.fingerprint,
+                "train_blocks": [
+                    [s.first_block, s.blocks] for s in info.sources if s.split == "train"
+                ],
                 "caches": {job.name: fingerprint(job.identity) for job in jobs}
                 if name == FUSED
                 else {},
@@ -233,10 +241,11 @@ class Workspace:
         info, jobs = self.finished_jobs()
         self._setup_torch()
         from pipeline.evaluation import evaluate
+        from stages.train_student import finished
 
         runs = self.runs(info, jobs)
         for name, run in runs.items():
-            if not (run.model_folder / "scholiast.json").exists():
+            if not finished(run):
                 raise IncompleteCache(
                     f"the student {name!r} has not been trained", where=run.model_folder,
                     todo="run `scholiast train-student` with this configuration first",
@@ -258,6 +267,9 @@ class Workspace:
             },
             "fingerprints": {
                 "corpus": info.fingerprint,
+                "train_blocks": [
+                    [s.first_block, s.blocks] for s in info.sources if s.split == "train"
+                ],
                 "caches": {job.name: fingerprint(job.identity) for job in jobs},
             },
             "config": self.config.model_dump(mode="json"),
@@ -300,6 +312,26 @@ class Workspace:
             trust_remote_code=self.config.student.trust_remote_code,
         )  # fmt: skip
         return generate(model, tokenizer, tokens, new_tokens, temperature, seed)
+
+    def there(self, model: str, revision: str | None) -> bool:
+        """Returns whether a model can be looked at without building or downloading it."""
+        if self.config.assets and not Path(model).is_dir():
+            return False
+        return present(model, revision)
+
+    def looked_at(self) -> tuple[CorpusInfo | None, list[TeacherJob]]:
+        """Returns corpus and jobs as far as they can be told without building or downloading.
+
+        Raises:
+            StaleCache, CorruptShard, MissingShard: what lies there is not usable.
+        """
+        corpus, teachers = self.config.corpus, self.config.teachers.values()
+        if not self.there(corpus.tokenizer, corpus.tokenizer_revision):
+            return None, []
+        info = self.prepared()
+        if info is None or not all(self.there(t.model, t.revision) for t in teachers):
+            return info, []
+        return info, self.jobs(info)
 
     # -- small things
 

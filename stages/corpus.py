@@ -26,11 +26,10 @@ from stages.model_files import locate
 from stages.options import CorpusOptions
 from stages.progress import Progress
 from stages.tokenizer import eos_id, load_tokenizer, tokenizer_fingerprint, vocab_size
-from storage import manifest
+from storage import durable, manifest
 from storage.blocks import CorpusInfo, SourceRange, save_info, write_part
-from storage.durable import require_free
 from storage.errors import CorpusError
-from storage.fingerprint import HashMemo, fingerprint
+from storage.fingerprint import HashMemo, canonical_json, fingerprint
 from storage.types import TokenBlocks
 
 _BYTES_PER_TOKEN = 8  # of a packed part on disk, with room to spare
@@ -93,6 +92,7 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
         options.tokenizer, options.tokenizer_revision, "corpus.tokenizer", weights=False
     )
     tokenizer = load_tokenizer(folder, "corpus.tokenizer")
+    durable.write_bytes(root / "begun.json", canonical_json(identity))
     packer = Packer(options, tokenizer, root, fingerprint(identity), progress)
     digests = packer.run()
     if not packer.ranges:
@@ -176,17 +176,28 @@ class Packer:
 
     def _commit(self, part: int, cursor: Cursor) -> str:
         batch = _concatenate(self._pending, part * self.options.blocks_per_part)
-        require_free(self.root, batch.tokens.size * _BYTES_PER_TOKEN, "a part of the corpus")
+        durable.require_free(
+            self.root, batch.tokens.size * _BYTES_PER_TOKEN, "a part of the corpus"
+        )
         carry = {"cursor": asdict(cursor), "ranges": [asdict(r) for r in self.ranges]}
         self._pending = []
         return write_part(self.root, self.identity, part, batch, carry)
 
     def _close(self, index: int, cursor: Cursor) -> None:
         """Notes a finished pass's range; a pass without a token has none."""
-        if not cursor.blocks:
-            return
         number, heldout = self._passes[index]
         source = self.options.sources[number]
+        if not cursor.blocks:
+            if source.heldout:
+                raise CorpusError(
+                    f"holding out {source.heldout} of this source leaves nothing "
+                    f"{'held out' if heldout else 'to train on'}",
+                    where=f"corpus.sources.{number}: {source.path}",
+                    found=f"{len(self._rows(number))} documents",
+                    todo="cut the source into more documents, change `heldout`, or name a source "
+                    "with split: heldout",
+                )  # fmt: skip
+            return
         first = sum(r.blocks for r in self.ranges)
         self.ranges.append(
             SourceRange(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
     }
 
 
+def begun_identity(root: Path) -> dict[str, Any] | None:
+    """Returns the identity of a preparation that was begun at `root`, if one was."""
+    try:
+        begun: dict[str, Any] = json.loads((root / "begun.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return begun
+
+
 def require_corpus(
     options: CorpusOptions, root: Path, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
@@ -45,8 +55,9 @@ def require_corpus(
     """
     identity = corpus_identity(options, memo)
     info = load_info(root)
-    if info is not None and fingerprint(info.identity) != fingerprint(identity):
-        expected, found = describe_differences(identity, info.identity)
+    begun = info.identity if info is not None else begun_identity(root)
+    if begun is not None and fingerprint(begun) != fingerprint(identity):
+        expected, found = describe_differences(identity, begun)
         raise StaleCache(
             "the corpus was prepared from something else", where=root, expected=expected,
             found=found, todo="restore the sources and options, name another corpus_dir, "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,10 @@ class Usage:
         self._start = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # Linux then counts the peak (VmHWM) anew; elsewhere it stays the process's so far.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def seconds(self) -> float:
@@ -43,8 +49,12 @@ class Usage:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak allocated on the GPU, or the process's largest resident size on a CPU."""
+        """Peak allocated on the GPU, or the process's largest resident size since the start."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -145,6 +145,27 @@ def find_decoder_layers(model: Any) -> torch.nn.ModuleList:
     raise LookupError(f"no list of {count} decoder layers in {type(model).__name__}")
 
 
+def run_decoder(
+    model: Any, tokens_BT: Tensor, positions_BT: Tensor, layers: tuple[int, ...]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Runs a causal LM's decoder on packed blocks.
+
+    Documents are told apart by positions that restart. transformers' flash attention looks at them
+    only in a batch of one, so there the blocks are laid end to end: each begins at position 0.
+
+    Returns:
+        The head's input [B, T, D], and layer (1 = first) → its output [B, T, D].
+    """
+    shape = tokens_BT.shape
+    if "flash" in str(getattr(model.config, "_attn_implementation", "")):
+        tokens_BT, positions_BT = tokens_BT.reshape(1, -1), positions_BT.reshape(1, -1)
+    with captured_layers(model, layers) as found:
+        last = model.get_decoder()(
+            input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+    return last.view(*shape, -1), {n: hidden.view(*shape, -1) for n, hidden in found.items()}
+
+
 @contextlib.contextmanager
 def captured_layers(model: Any, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
     """Collects the outputs of decoder layers (1 = first) of the forwards run inside the block.

@@ -34,8 +34,7 @@ def locate(model: str, revision: str | None, key: str, *, weights: bool = True) 
     folder = Path(model)
     if folder.is_dir():
         return folder
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_like_path or "\\" in model:
+    if _looks_like_path(model):
         raise TeacherError(
             "no such model folder", where=key, found=model,
             todo="give a folder that holds config.json, or a hub name like org/model",
@@ -56,6 +55,23 @@ def locate(model: str, revision: str | None, key: str, *, weights: bool = True) 
             where=key, found=model,
             todo="check the name, the revision, the network and your hub token; or give a folder",
         ) from error  # fmt: skip
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") != 1 or "\\" in model
+
+
+def present(model: str, revision: str | None) -> bool:
+    """Returns whether `locate` would download nothing: it is a path, or in the hub cache already."""
+    if Path(model).is_dir() or _looks_like_path(model):
+        return True
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception:  # the hub client has no common base for "is not there"
+        return False
+    return any(folder.iterdir())
 
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 class Options(BaseModel):
-    """Base: unknown keys are errors, values are not coerced across types, nothing can be changed."""
+    """Base: unknown keys are errors and nothing can be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -46,6 +46,8 @@ class SourceOptions(Options):
 
     @model_validator(mode="after")
     def _pinned(self) -> SourceOptions:
+        if self.domain == "overall":
+            raise ValueError("a domain cannot be named 'overall': reports use it for all of them")
         if self.format == "hub" and not self.revision:
             raise ValueError("a hub source needs `revision`, so that the corpus stays the same")
         if self.split == "heldout" and self.heldout:

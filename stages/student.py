@@ -14,7 +14,7 @@ from stages.annotate import pool
 from stages.batches import Batch
 from stages.chunked_head import chunked_loss
 from stages.features import FeatureAligner, Pair
-from stages.head import Head, captured_layers, find_decoder_layers
+from stages.head import Head, find_decoder_layers, run_decoder
 from stages.model_files import context_length
 from stages.options import LossOptions, StudentOptions
 from stages.teacher import load_causal_lm
@@ -150,13 +150,8 @@ class DistilledStudent(nn.Module):
         """
         layers = () if self.aligner is None else self.aligner.student_layers
         kind = batch.inputs.device.type
-        with (
-            torch.autocast(kind, torch.bfloat16, enabled=self.autocast),
-            captured_layers(self.model, layers) as found,
-        ):
-            hidden = self.model.get_decoder()(
-                input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
-            ).last_hidden_state
+        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+            hidden, found = run_decoder(self.model, batch.inputs, batch.positions, layers)
         options, distils = self.options, batch.target is not None
         alpha = options.alpha if distils else 0.0
         loss = chunked_loss(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stages.head import Head, captured_layers, find_decoder_layers
+from stages.head import Head, run_decoder
 from stages.options import TeacherOptions
 from storage.errors import TeacherError, VocabularyMismatch
 
@@ -101,13 +101,8 @@ class TransformersTeacher:
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, layers: tuple[int, ...]
     ) -> HiddenStates:
-        with captured_layers(self._model, layers) as found:
-            decoder = self._model.get_decoder()
-            out = decoder(
-                input_ids=tokens_BT.to(self.device), position_ids=positions_BT.to(self.device),
-                use_cache=False,
-            )  # fmt: skip
-        return HiddenStates(out.last_hidden_state, found)
+        tokens, positions = tokens_BT.to(self.device), positions_BT.to(self.device)
+        return HiddenStates(*run_decoder(self._model, tokens, positions, layers))
 
     @torch.inference_mode()
     def logits(self, hidden_CD: Tensor) -> Tensor:
@@ -166,19 +161,20 @@ def load_causal_lm(
 
 @torch.no_grad()
 def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
-    """Checks on 32 tokens that head and document isolation are what stage one takes them for.
+    """Checks on two blocks of 32 tokens that head and isolation are what stage one takes them for.
 
     Raises:
         TeacherError: says which of the two is not.
     """
     key = f"teachers.{name}"
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, min(backend.head_rows, 1000), (1, 32), generator=generator)
-    positions = torch.cat([torch.arange(20), torch.arange(12)])[None]
+    # Two blocks: some implementations look at positions only in a batch of one.
+    tokens = torch.randint(0, min(backend.head_rows, 1000), (2, 32), generator=generator)
+    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1)
     hidden = backend.forward(tokens, positions, ()).last
     theirs = model(
-        input_ids=tokens.to(backend.device),
-        position_ids=positions.to(backend.device),
+        input_ids=tokens[:1].to(backend.device),
+        position_ids=positions[:1].to(backend.device),
         use_cache=False,
     ).logits[0]
     ours = backend.logits(hidden[0]).to(theirs.device)
@@ -192,9 +188,9 @@ def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
             todo="please report the model's name; another teacher of the family may work",
         )  # fmt: skip
     other = tokens.clone()
-    other[:, :20] = torch.randint(0, min(backend.head_rows, 1000), (1, 20), generator=generator)
-    moved = (backend.forward(other, positions, ()).last - hidden)[0, 20:].float().norm()
-    if not float(moved / hidden[0, 20:].float().norm()) <= 1e-3:
+    other[:, :20] = torch.randint(0, min(backend.head_rows, 1000), (2, 20), generator=generator)
+    moved = (backend.forward(other, positions, ()).last - hidden)[:, 20:].float().norm()
+    if not float(moved / hidden[:, 20:].float().norm()) <= 1e-3:
         raise TeacherError(
             f"{type(model).__name__} lets a packed document see the one before it",
             where=f"{key}.attention", expected="attention that restarts where position_ids restart",
@@ -220,14 +216,3 @@ def require_fit(backend: TeacherBackend, name: str, vocab: int, layers: tuple[in
             "the teacher has no such layer", where=f"teachers.{name}.feature_layers",
             expected=f"1 to {backend.layers}", found=wrong, todo="choose existing layers",
         )  # fmt: skip
-
-
-__all__ = [
-    "HiddenStates",
-    "TeacherBackend",
-    "TransformersTeacher",
-    "check_teacher",
-    "find_decoder_layers",
-    "load_causal_lm",
-    "require_fit",
-]

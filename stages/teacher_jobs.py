@@ -115,10 +115,9 @@ def _job(
             "feature_layers": list(options.feature_layers),
         },
     }
-    done: list[int] = []
-    if require_identity(root, identity):
-        expected = fingerprint(identity)
-        done = [p for p in range(layout.parts) if manifest.finished(root, p, expected)]
+    require_identity(root, identity)
+    expected = fingerprint(identity)
+    done = [p for p in range(layout.parts) if manifest.finished(root, p, expected)]
     pending = sorted(set(range(layout.parts)) - set(done))
     return TeacherJob(name, options, folder, root, identity, layout, tuple(done), tuple(pending))
 

@@ -6,21 +6,19 @@ times slower; here a missing chunk raises. Equality with zarr-python is tested.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from pcodec import standalone
 
 from storage import manifest
 from storage.codec import from_bfloat16
-from storage.errors import CorruptShard, IncompleteCache, MissingShard
+from storage.errors import IncompleteCache
 from storage.fingerprint import fingerprint
-from storage.layout import ArraySpec, Layout, shard_name
+from storage.layout import Layout, shard_name
+from storage.shard import Shard
 from storage.types import (
     AnyArray,
     Int64,
@@ -32,73 +30,6 @@ from storage.types import (
 from storage.writer import open_cache
 
 _OPEN_SHARDS = 256  # file descriptors a reader keeps
-_MISSING = np.uint64(2**64 - 1)
-
-
-class Shard:
-    """One shard file: its index, checked once, and its chunks, each checked when read.
-
-    Layout (Zarr v3 `sharding_indexed`, index at the end): chunks, then (offset, bytes) as
-    little-endian uint64 pairs in C order of the chunk grid, then the index's crc32c.
-
-    Raises (on construction):
-        MissingShard, CorruptShard
-    """
-
-    def __init__(self, path: Path, spec: ArraySpec, part: int) -> None:
-        self.path, self.spec = path, spec
-        self._todo = (
-            f"delete manifests/{part:06d}.json of this cache and run `scholiast cache-teachers` "
-            "again: that part alone is made anew"
-        )
-        try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise MissingShard("a shard is missing", where=path, todo=self._todo) from None
-        entries = spec.chunks_per_shard
-        size = 16 * entries + 4
-        tail = os.pread(self._fd, size, max(0, os.fstat(self._fd).st_size - size))
-        if len(tail) != size:
-            raise self._corrupt("a shard is shorter than its index")
-        self._index = np.frombuffer(self._checked(tail, "a shard's index"), "<u8").reshape(-1, 2)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-
-    def read_into(self, block: int, out: AnyArray) -> None:
-        """Decodes a block's chunks into `out`, C-contiguous, of the array's dtype and inner shape.
-
-        Args:
-            block: index within the part.
-        """
-        per_block = self.spec.chunks_per_block
-        rows = out.reshape(per_block, -1)
-        for c in range(per_block):
-            offset, size = self._index[block * per_block + c]
-            if offset == _MISSING:
-                raise MissingShard(
-                    f"chunk {c} of block {block} is missing from a shard",
-                    where=self.path, todo=self._todo,
-                )  # fmt: skip
-            data = os.pread(self._fd, int(size), int(offset))
-            if len(data) != size:
-                raise self._corrupt("a shard ends before its index says")
-            self._decode(self._checked(data, f"chunk {c} of block {block}"), rows[c])
-
-    def _decode(self, data: bytes, out: AnyArray) -> None:
-        progress = standalone.simple_decompress_into(data, out)
-        if progress.n_processed != out.size:
-            raise self._corrupt("a chunk holds fewer values than its shape")
-
-    def _checked(self, data: bytes, what: str) -> bytes:
-        body, stored = data[:-4], int.from_bytes(data[-4:], "little")
-        if google_crc32c.value(body) != stored:
-            raise self._corrupt(f"{what} fails its crc32c")
-        return body
-
-    def _corrupt(self, what: str) -> CorruptShard:
-        return CorruptShard(what, where=self.path, todo=self._todo)
 
 
 class CacheReader:

@@ -18,7 +18,16 @@ from typing import Any
 from storage import durable, manifest
 from storage.errors import CorruptShard, StaleCache
 from storage.fingerprint import canonical_json, describe_differences, fingerprint
-from storage.layout import FORMAT, GROUP, Layout, create_group, quiet_zarr, shard_name
+from storage.layout import (
+    FORMAT,
+    GROUP,
+    ArraySpec,
+    Layout,
+    create_group,
+    quiet_zarr,
+    shard_name,
+)
+from storage.shard import Shard
 from storage.types import AnyArray
 
 
@@ -85,18 +94,13 @@ class CacheWriter:
         require_identity(root, identity)
         with durable.disk_errors(root):
             _make_group(root, layout)
-        body: dict[str, Any] = {
-            "format": FORMAT,
-            "identity": dict(identity),
-            "layout": layout.to_dict(),
-        }
-        body["sha256"] = fingerprint(body)
-        durable.write_bytes(root / "cache.json", canonical_json(body))
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
             group: Any = zarr.open_group(root / GROUP, mode="r+")
+            _require_layout(root, group.attrs.get("scholiast"), layout)
             self._arrays = {name: group[name] for name in layout.arrays()}
+        save_info(root, identity, layout)
 
     def write_part(self, part: int, arrays: Mapping[str, AnyArray]) -> manifest.Manifest:
         """Writes and commits one part.
@@ -118,8 +122,9 @@ class CacheWriter:
                 data = arrays[name]
                 if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
                     raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
-                self._arrays[name][first:last] = data
                 names.append(shard_name(name, part, len(spec.shape)))
+                _drop_damaged(self.root / names[-1], spec, part)
+                self._arrays[name][first:last] = data
             for path in names:
                 durable.fsync_file(self.root / path)
                 _fsync_folders(self.root, self.root / path)
@@ -128,6 +133,37 @@ class CacheWriter:
             )
             manifest.save(self.root, done)
         return done
+
+
+def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
+    """Writes cache.json, which says what the cache is of."""
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        "identity": dict(identity),
+        "layout": layout.to_dict(),
+    }
+    body["sha256"] = fingerprint(body)
+    durable.write_bytes(root / "cache.json", canonical_json(body))
+
+
+def _require_layout(root: Path, stored: Any, layout: Layout) -> None:
+    """Refuses a group of another layout, which only a lost cache.json leaves to be found out here."""
+    expected = {"format": FORMAT, "layout": json.loads(canonical_json(layout.to_dict()))}
+    if stored != expected:
+        a, b = describe_differences(expected, stored if isinstance(stored, dict) else {})
+        raise StaleCache(
+            "the cache's arrays were made for something else", where=root / GROUP, expected=a,
+            found=b, todo="name another cache_dir, or delete this folder to cache the teacher again",
+        )  # fmt: skip
+
+
+def _drop_damaged(path: Path, spec: ArraySpec, part: int) -> None:
+    """Removes what zarr would trip over: it reads an old shard's index before replacing the file."""
+    if path.exists():
+        try:
+            Shard(path, spec, part)
+        except CorruptShard:
+            path.unlink(missing_ok=True)
 
 
 def _fsync_folders(root: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from conftest import Lab, make_model
 
 from stages.annotate import PartAnnotator, annotate_logits
-from stages.head import HeadRule
+from stages.head import HeadRule, run_decoder
 from stages.options import TeacherOptions
 from stages.teacher import TeacherBackend, TransformersTeacher, require_fit
 from storage.codec import from_bfloat16
@@ -216,6 +217,29 @@ def test_head_that_we_do_not_reproduce_is_refused(
     monkeypatch.setattr(HeadRule, "of", classmethod(lambda cls, config: cls(1.5)))
     with pytest.raises(TeacherError, match="head of LlamaForCausalLM"):
         teacher(tmp_path / "m")
+
+
+def test_flash_attention_reads_blocks_end_to_end(tmp_path: Path) -> None:
+    """Where only a batch of one is told apart by positions, blocks are laid out as one row."""
+    model = make_model(tmp_path / "m", V, 5)
+    tokens = torch.arange(2 * T).view(2, T) % V
+    positions = torch.cat([torch.arange(9), torch.arange(T - 9)]).expand(2, -1)
+    with torch.no_grad():
+        last, layers = run_decoder(model, tokens, positions, (1, 3))
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        shapes: list[Any] = []
+        pretend = SimpleNamespace(
+            config=SimpleNamespace(
+                _attn_implementation="flash_attention_2", get_text_config=lambda: model.config
+            ),
+            get_decoder=model.get_decoder,
+        )
+        flat, flat_layers = run_decoder(pretend, tokens, positions, (1, 3))
+    assert shapes == [(1, 2 * T)]
+    torch.testing.assert_close(flat, last, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flat_layers, layers, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_with_too_few_logits_or_layers_is_refused(lab: Lab) -> None:

@@ -123,14 +123,88 @@ def test_block_longer_than_a_context(lab: Lab, cli: Cli) -> None:
 
 
 def test_layer_that_does_not_exist(lab: Lab, cli: Cli) -> None:
-    config = lab.write(teachers__two__feature_layers=[9])
+    config = lab.write(teachers__two__feature_layers=[2, 9])
     refused(cli("cache-teachers", config), "teachers.two.feature_layers", "1 to 3", "[9]")
 
 
-def test_temperature_that_is_not_cached(lab: Lab, cli: Cli) -> None:
-    config = lab.write(loss__temperature=3.0)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"loss__temperature": 3.0}, "loss.temperature 3.0 is neither 1 nor in store.temperatures"),
+        ({"fusion": {"weights": "static", "static": {"one": 1.0}}}, "fusion.static must give"),
+        ({"loss__features__pairs": []}, "loss.features.pairs is empty"),
+        ({"teachers__two__feature_layers": [1]}, "teachers.two.feature_layers is [1]"),
+    ],
+)
+def test_what_stage_two_would_miss_is_told_before_stage_one(
+    lab: Lab, cli: Cli, changes: dict[str, Any], match: str
+) -> None:
+    refused(cli("plan", lab.write(**changes)), match, code=2)
+
+
+def test_names_that_reports_use_are_refused(lab: Lab, cli: Cli) -> None:
+    teachers = {**lab.config["teachers"], "fused": lab.config["teachers"]["one"]}
+    refused(cli("plan", lab.write(teachers=teachers)), "cannot be named 'fused'", code=2)
+    lab.config["corpus"]["sources"][0]["domain"] = "overall"
+    refused(cli("plan", lab.write()), "cannot be named 'overall'", code=2)
+
+
+def test_interrupted_preparation_of_other_options(lab: Lab, cli: Cli) -> None:
+    assert cli("prepare", lab.write()).exit_code == 0
+    (lab.root / "run/corpus/corpus.json").unlink()
+    refused(
+        cli("prepare", lab.write(corpus__block_length=16)), "block_length=16", "block_length=32"
+    )
+    assert cli("prepare", lab.write()).exit_code == 0
+
+
+def test_share_that_leaves_one_side_empty(lab: Lab, cli: Cli) -> None:
+    (lab.root / "x.jsonl").write_text('{"text": "one document"}\n')
+    lab.config["corpus"]["sources"][0]["heldout"] = 0.1
+    refused(cli("prepare", lab.write()), "corpus.sources.0", "1 documents", "`heldout`")
+
+
+def test_moved_splits_are_another_run(lab: Lab, cli: Cli) -> None:
+    """The tokens, and with them the cache, stay the same; a student trained on them does not."""
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, lab.write()).exit_code == 0
+    sources = lab.config["corpus"]["sources"]
+    sources[1]["split"], sources[2]["split"] = "heldout", "train"
+    shutil.rmtree(lab.root / "run/corpus")
+    assert "cache complete" in cli("cache-teachers", lab.write()).output
+    refused(cli("train-student", lab.write()), "another run", "train_blocks")
+    refused(cli("evaluate", lab.write()), "another run", "train_blocks")
+
+
+def test_student_of_other_settings_is_not_evaluated(lab: Lab, cli: Cli) -> None:
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, lab.write(loss__alpha=1.0)).exit_code == 0
+    refused(cli("evaluate", lab.write()), "another run", "loss.alpha=0.9", "loss.alpha=1.0")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed"])
+def test_damaged_shard_is_mended_by_the_advice(lab: Lab, cli: Cli, damage: str) -> None:
+    config, root = lab.write(), lab.root / "run/cache/one"
     assert cli("cache-teachers", config).exit_code == 0
-    refused(cli("train-student", config), "loss.temperature", "1.0, 2.0", "3.0", code=2)
+    path = root / "notes.zarr/head_ids/c/1/0/0"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] if damage == "truncated" else bytes(len(whole)))
+    (root / "manifests/000001.json").unlink()
+    assert cli("cache-teachers", config).exit_code == 0
+    assert path.read_bytes() == whole
+
+
+def test_lost_cache_json_keeps_the_parts(lab: Lab, cli: Cli) -> None:
+    config, root = lab.write(), lab.root / "run/cache/one"
+    assert cli("cache-teachers", config).exit_code == 0
+    before = {p: p.stat().st_mtime_ns for p in root.glob("notes.zarr/**/*") if p.is_file()}
+    info = (root / "cache.json").read_bytes()
+    (root / "cache.json").unlink()
+    refused(cli("cache-teachers", lab.write(store__k=4)), "made from something else")
+    assert not (root / "cache.json").exists()
+    assert cli("cache-teachers", lab.write()).exit_code == 0
+    assert (root / "cache.json").read_bytes() == info
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_cache_made_from_something_else_is_left_as_it_is(lab: Lab, cli: Cli) -> None:

@@ -30,7 +30,7 @@ class ScholiastGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return self._invoke_with_bar(ctx)
         except KeyboardInterrupt:
             click.echo(
                 "\ninterrupted; what is finished is kept: run the same command again to go on",
@@ -44,6 +44,13 @@ class ScholiastGroup(click.Group):
                 raise
             click.echo(f"error: {_message(error)}", err=True)
             ctx.exit(error.exit_code if isinstance(error, ScholiastError) else 1)
+
+    def _invoke_with_bar(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        finally:  # a bar left open would hide the cursor and run into the message
+            if ctx.obj is not None:
+                ctx.obj.stop_bar()
 
 
 def _message(error: Exception) -> str:
@@ -94,6 +101,7 @@ def open_workspace(
     from pipeline.workspace import Workspace
 
     console = Console(quiet)
+    click.get_current_context().find_root().obj = console
     return Workspace(load_config(config, overrides), console), console
 
 

@@ -44,11 +44,15 @@ class Console:
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._begun
+        self.stop_bar()
+        if not self._quiet:
+            self._line(f"{self._label}: done in {duration(seconds)}, {self._rate()}")
+
+    def stop_bar(self) -> None:
+        """Takes the bar away and gives the cursor back; before an error is shown, too."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if not self._quiet:
-            self._line(f"{self._label}: done in {duration(seconds)}, {self._rate()}")
 
     def say(self, text: str) -> None:
         if not self._quiet:

@@ -173,18 +173,20 @@ def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
     positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1)
     hidden = backend.forward(tokens, positions, ()).last
     theirs = model(
-        input_ids=tokens[:1].to(backend.device),
-        position_ids=positions[:1].to(backend.device),
+        input_ids=tokens.to(backend.device),
+        position_ids=positions.to(backend.device),
         use_cache=False,
-    ).logits[0]
-    ours = backend.logits(hidden[0]).to(theirs.device)
-    tolerance = 2**-6 if theirs.dtype == torch.bfloat16 else 1e-4
-    error = float((ours - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-6))
+    ).logits[0, :20]
+    ours = backend.logits(hidden[0, :20]).to(theirs.device)
+    # Same batch, so the same rounding of the hidden states; norms, since bfloat16 logits of other
+    # kernels may differ by a hundredth here and there while a wrong head is wrong everywhere.
+    tolerance = 0.03 if theirs.dtype == torch.bfloat16 else 1e-4
+    error = float((ours - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6))
     if not error <= tolerance:
         raise TeacherError(
             f"the head of {type(model).__name__} is not one that this version reproduces", where=key,
             expected=f"logits equal to the model's own within {tolerance:.1e}",
-            found=f"a difference of {error:.1e} of the largest logit",
+            found=f"a difference of {error:.1e} of their norm",
             todo="please report the model's name; another teacher of the family may work",
         )  # fmt: skip
     other = tokens.clone()

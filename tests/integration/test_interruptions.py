@@ -105,8 +105,10 @@ def test_interrupt_says_how_to_go_on(lab: Lab, cli: Cli) -> None:
     config = lab.write(train__steps=2000)
     succeed(cli, "cache-teachers", config)
     process = subprocess.Popen(
-        [*SCHOLIAST, "train-student", str(config)], stderr=subprocess.PIPE, text=True
-    )
+        [*SCHOLIAST, "train-student", str(config)], stderr=subprocess.PIPE, text=True,
+        # A shell starts its background jobs, and so all their children, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = lab.root / "run/students/fused/metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
         assert process.poll() is None

@@ -1,7 +1,7 @@
 """Teacher backends: block of tokens → hidden states, and hidden states → logits.
 
 One protocol, so that other engines can serve; the transformers backend is the reference. When a
-teacher is loaded two facts are checked on 32 tokens instead of trusted: that our head gives the
+teacher is loaded two facts are checked on 64 tokens instead of trusted: that our head gives the
 model's own logits, and that one document of a packed block cannot see another.
 """
 

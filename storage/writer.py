@@ -27,6 +27,7 @@ from storage.layout import (
     quiet_zarr,
     shard_name,
 )
+from storage.metadata import require_metadata, stored_layout
 from storage.shard import Shard
 from storage.types import AnyArray
 
@@ -83,6 +84,7 @@ class CacheWriter:
 
     Raises (on construction):
         StaleCache: `root` holds a cache of another identity.
+        CorruptShard: the group's metadata have been altered.
         DiskFull: no space for the metadata.
     """
 
@@ -97,8 +99,11 @@ class CacheWriter:
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+            stored = stored_layout(root)
+            if stored is not None:
+                _require_layout(root, stored, layout)
+            require_metadata(root, layout)  # else zarr would write as the altered metadata say
             group: Any = zarr.open_group(root / GROUP, mode="r+")
-            _require_layout(root, group.attrs.get("scholiast"), layout)
             self._arrays = {name: group[name] for name in layout.arrays()}
         save_info(root, identity, layout)
 

@@ -73,7 +73,7 @@ def _cache_one(
         writer = CacheWriter(job.root, job.identity, job.layout)
         annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens)
         total = job.layout.blocks * job.layout.block_length
-        left = sum(_tokens(job, part) for part in job.pending)
+        left = job.layout.blocks_of(job.pending) * job.layout.block_length
         progress.start(f"cache {job.name}", total, "token", total - left)
         for part in job.pending:
             _do_part(job, part, annotator, writer, reader, device, progress)

@@ -7,6 +7,7 @@ compressed by pcodec (lossless) and carries a crc32c; so does each shard's index
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class Layout:
         """Returns (first block, one past the last block) of a part."""
         first = part * self.blocks_per_part
         return first, min(first + self.blocks_per_part, self.blocks)
+
+    def blocks_of(self, parts: Sequence[int]) -> int:
+        """Returns how many blocks some parts (distinct, ascending) hold together."""
+        count = len(parts) * self.blocks_per_part
+        if count and parts[-1] == self.parts - 1:  # the last part may be short
+            count += self.blocks - self.parts * self.blocks_per_part
+        return count
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Returns every array of the group by name."""

@@ -12,6 +12,7 @@ import zarr
 from storage import manifest
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import CorruptShard, IncompleteCache, MissingShard, StaleCache
+from storage.fingerprint import fingerprint
 from storage.layout import GROUP, Layout
 from storage.reader import CacheReader
 from storage.types import AnyArray
@@ -74,7 +75,7 @@ def test_returns_what_was_written_decoded(root: Path) -> None:
 
 def test_each_part_owns_one_shard_of_each_array(root: Path) -> None:
     for part in range(LAYOUT.parts):
-        vouched = manifest.load(root, part)
+        vouched = manifest.load(root, part, fingerprint(IDENTITY))
         assert vouched is not None
         assert len(vouched.objects) == len(LAYOUT.arrays())
         assert all(f"/c/{part}/" in name for name in vouched.objects)
@@ -102,7 +103,7 @@ def test_truncated_and_missing_shards_are_refused(root: Path) -> None:
 
 
 def test_part_without_manifest_is_not_read(root: Path) -> None:
-    manifest.path_of(root, 2).unlink()
+    manifest.path_of(root, 2, fingerprint(IDENTITY)).unlink()
     reader = CacheReader(root)
     reader.read(np.array([5]))
     with pytest.raises(IncompleteCache, match="part 2"):
@@ -116,12 +117,17 @@ def test_cache_of_another_identity_is_refused_with_both_sides(root: Path) -> Non
 
 
 def test_part_of_another_identity_is_refused(root: Path) -> None:
-    with pytest.raises(StaleCache, match="manifests"):
-        manifest.finished(root, 0, "f" * 64)
+    """The listing's names tell; and a manifest whose name lies is refused when it is read."""
+    other = "f" * 64
+    with pytest.raises(StaleCache, match=r"expected:\s+fingerprint ffffffffffff…"):
+        manifest.done_parts(root, other)
+    manifest.path_of(root, 0, fingerprint(IDENTITY)).rename(manifest.path_of(root, 0, other))
+    with pytest.raises(StaleCache, match="not what its name says"):
+        manifest.finished(root, 0, other)
 
 
 def test_flipped_byte_in_a_manifest_is_refused(root: Path) -> None:
-    path = manifest.path_of(root, 1)
+    path = manifest.path_of(root, 1, fingerprint(IDENTITY))
     path.write_bytes(path.read_bytes().replace(b'"blocks":3', b'"blocks":2'))
     with pytest.raises(CorruptShard, match="manifest"):
         CacheReader(root).read(np.array([3]))

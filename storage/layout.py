@@ -59,6 +59,9 @@ class Layout:
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
         hidden_size: D (0 where no layer is pooled).
+        draws: S, ids drawn from the tail of each row.
+        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
+        seed: of the draws.
     """
 
     blocks: int
@@ -74,6 +77,9 @@ class Layout:
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
+    draws: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     @property
     def codecs(self) -> Preset:

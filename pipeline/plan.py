@@ -134,7 +134,7 @@ def _teacher_row(
     options = work.config.teachers[name]
     label = f"cache {name}"
     if not work.there(options.model, options.revision):
-        raw = 300.0 * COMPRESSION * work.config.store.k / 64
+        raw = 300.0 * COMPRESSION * work.config.store.entries / 64
         return PlanRow(label, 0, parts, raw * tokens, None, "model not here yet")
     if job is not None and not job.pending:
         size = stored(job)
@@ -172,8 +172,8 @@ def _layout(work: Workspace, folder: Path, name: str, tokens: int) -> Layout:
         )  # fmt: skip
     return Layout(
         math.ceil(tokens / corpus.block_length), corpus.blocks_per_part, corpus.block_length,
-        int(config.get("vocab_size") or 1 << 17), store.k, store.precision, store.temperatures,
-        work.config.teachers[name].feature_layers, store.segments, hidden_size(config),
+        int(config.get("vocab_size") or 1 << 17), store.preset,
+        store.entries, store.drawn, store.top_p, store.seed, store.temperatures, work.config.teachers[name].feature_layers, store.segments, hidden_size(config),
     )  # fmt: skip
 
 

@@ -22,8 +22,10 @@ from stages.top_k import top_k
 from storage.codec import to_bfloat16
 from storage.errors import NonFiniteLogits
 from storage.layout import Layout
+from storage.notes import encode_rows
+from storage.orders import IdOrders
 from storage.sampling import uniforms
-from storage.types import LOG_ZERO, AnyArray, Float32, Int64, TokenBlocks
+from storage.types import LOG_ZERO, AnyArray, HostNotes, Int64, TokenBlocks
 
 SLICE_ROWS = 8
 """Rows annotated together on a CPU. Two buffers of 4 rows of 49,152 float32 a core stay in a cache of
@@ -67,26 +69,13 @@ class RowNotes:
     draw_logprobs: Tensor
 
 
-@dataclass(frozen=True)
-class HostNotes:
-    """The same on the host, as an encoder takes them: ids int64, everything else float32."""
-
-    ids: Int64
-    logprobs: Float32
-    entropy: Float32
-    log_tail_mass: Float32
-    gold_logprob: Float32
-    log_z: Float32
-    draw_ids: Int64
-    draw_logprobs: Float32
-
-    @classmethod
-    def of(cls, notes: RowNotes) -> HostNotes:
-        values = {field.name: getattr(notes, field.name) for field in fields(cls)}
-        return cls(**{
-            name: (v if v.dtype == torch.int64 else v.float()).cpu().numpy()
-            for name, v in values.items()
-        })  # fmt: skip
+def to_host(notes: RowNotes) -> HostNotes:
+    """Returns the same on the host: ids int64, everything else float32."""
+    values = {field.name: getattr(notes, field.name) for field in fields(RowNotes)}
+    return HostNotes(**{
+        name: (v if v.dtype == torch.int64 else v.float()).cpu().numpy()
+        for name, v in values.items()
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -267,11 +256,12 @@ class PartAnnotator:
         self.name, self.backend, self.layout, self.chunk = name, backend, layout, chunk
 
     def annotate(
-        self, blocks: TokenBlocks, batch: int, advance: Callable[[int], None]
+        self, blocks: TokenBlocks, orders: IdOrders, batch: int, advance: Callable[[int], None]
     ) -> dict[str, AnyArray]:
         """Returns every array of the layout for these blocks, encoded.
 
         Args:
+            orders: of the cache's ids.
             batch: blocks of one forward.
             advance: told the tokens of each finished batch.
 
@@ -285,20 +275,38 @@ class PartAnnotator:
         }
         for start in range(0, count, batch):
             rows = slice(start, min(start + batch, count))
-            self._batch(blocks.take(rows), {name: a[rows] for name, a in arrays.items()})
+            taken, out = blocks.take(rows), {name: a[rows] for name, a in arrays.items()}
+            notes = self._batch(taken, out)
+            if notes is not None:
+                encode_rows(self.layout, orders, notes, taken.scored, out)
             advance((rows.stop - rows.start) * self.layout.block_length)
         return arrays
 
+    def heads(self, blocks: TokenBlocks, batch: int) -> Int64:
+        """Returns the head's ids [R, K] of the scored rows: what orders of ids are learned from.
+
+        Raises:
+            NonFiniteLogits
+        """
+        count, pieces = len(blocks.block_ids), [np.zeros((0, self.layout.k), np.int64)]
+        for start in range(0, count, batch):
+            notes = self._batch(blocks.take(slice(start, min(start + batch, count))), None)
+            if notes is not None:
+                pieces.append(notes.ids)
+        return np.concatenate(pieces)
+
     @torch.inference_mode()
-    def _batch(self, blocks: TokenBlocks, out: dict[str, AnyArray]) -> None:
+    def _batch(self, blocks: TokenBlocks, out: dict[str, AnyArray] | None) -> HostNotes | None:
+        """Returns the notes on the scored rows, if there are any; writes features to `out`."""
         states = self.backend.forward(
             torch.from_numpy(blocks.inputs.astype(np.int64)),
             torch.from_numpy(blocks.positions), self.layout.feature_layers,
         )  # fmt: skip
-        self._store_features(states, torch.from_numpy(blocks.present), out)
+        if out is not None:
+            self._store_features(states, torch.from_numpy(blocks.present), out)
         scored = blocks.scored
         if not scored.any():
-            return
+            return None
         where = torch.from_numpy(scored).to(states.last.device)
         gold = torch.from_numpy(blocks.gold.astype(np.int64)[scored])
         rows, positions = np.nonzero(scored)
@@ -308,17 +316,7 @@ class PartAnnotator:
             self.chunk,
         )  # fmt: skip
         self._require_finite(notes, blocks)
-        self._encode(HostNotes.of(notes), blocks, out)
-
-    def _encode(self, notes: HostNotes, blocks: TokenBlocks, out: dict[str, AnyArray]) -> None:
-        """Writes the notes on the blocks' scored rows, in row order, as the layout stores them."""
-        scored = blocks.scored
-        out["head_ids"][scored] = notes.ids
-        out["head_logprobs"][scored] = self.layout.logprob_codec.encode(notes.logprobs)
-        for name in ("entropy", "log_tail_mass", "gold_logprob"):
-            out[name][scored] = getattr(notes, name)
-        if self.layout.temperatures:
-            out["log_z"][scored] = notes.log_z
+        return to_host(notes)
 
     def _store_features(
         self, states: HiddenStates, present: Tensor, out: dict[str, AnyArray]

@@ -102,8 +102,9 @@ def _job(
     _require_fit(name, options, store, info, config)
     layout = Layout(
         blocks=info.blocks, blocks_per_part=info.blocks_per_part, block_length=info.block_length,
-        vocab_size=info.vocab_size, k=store.k, precision=store.precision,
-        temperatures=store.temperatures, feature_layers=options.feature_layers,
+        vocab_size=info.vocab_size, preset=store.preset,
+        k=min(store.entries, info.vocab_size) if store.k is None else store.k,
+        draws=store.drawn, top_p=store.top_p, seed=store.seed, temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
     )  # fmt: skip
     identity = {
@@ -112,8 +113,12 @@ def _job(
         "teacher": model_identity(folder, key, memo),
         "dtype": options.dtype,
         "store": {
-            "k": store.k,
-            "precision": store.precision,
+            "k": layout.k,
+            "draws": layout.draws,
+            "top_p": layout.top_p,
+            "seed": layout.seed if layout.draws else None,
+            "preset": store.preset,
+            **layout.codecs.to_dict(),
             "temperatures": list(store.temperatures),
             "segments": store.segments,
             "feature_layers": list(options.feature_layers),
@@ -134,7 +139,7 @@ def _require_fit(
     info: CorpusInfo,
     config: dict[str, Any],
 ) -> None:
-    if store.k > info.vocab_size:
+    if store.k is not None and store.k > info.vocab_size:
         raise ConfigError(
             "more head entries than the vocabulary has ids", where="store.k",
             expected=f"at most {info.vocab_size}", found=store.k, todo="lower store.k",

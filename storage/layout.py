@@ -53,15 +53,12 @@ class Layout:
         preset: "exact", "balanced" or "compact" (see codec.PRESETS).
         k: K, head entries a token.
         draws: S, tail draws a token.
-        top_p: mass at which a row's head ends before K entries; 1 for no cut.
+        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
         seed: of the draws.
         temperatures: the grid of log_z.
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
         hidden_size: D (0 where no layer is pooled).
-        draws: S, ids drawn from the tail of each row.
-        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
-        seed: of the draws.
     """
 
     blocks: int
@@ -77,9 +74,6 @@ class Layout:
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
-    draws: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
     @property
     def codecs(self) -> Preset:
@@ -149,6 +143,18 @@ class Layout:
         return self._spec(
             dtype, (count, self.block_length), (name, "token"), (entries or count, self.block_length)
         )
+
+    def _spec(
+        self,
+        dtype: str,
+        inner: tuple[int, ...],
+        names: tuple[str, ...],
+        chunk: tuple[int, ...] | None = None,
+    ) -> ArraySpec:
+        return ArraySpec(
+            dtype, (self.blocks, *inner), (self.blocks_per_part, *inner), (1, *(chunk or inner)),
+            ("block", *names),
+        )  # fmt: skip
 
     def bytes_per_token_raw(self) -> float:
         """Returns the bytes a token takes before compression: an upper bound for planning."""

@@ -23,7 +23,7 @@ from storage.types import (
     Bool,
     Int32,
     Int64,
-    RowNotes,
+    HostNotes,
     SparseLogits,
     TailDraws,
     TokenStats,
@@ -33,7 +33,7 @@ _STATISTICS = ("entropy", "log_tail_mass", "gold_logprob")
 
 
 def encode_rows(
-    layout: Layout, orders: IdOrders, notes: RowNotes, scored: Bool, out: Mapping[str, AnyArray]
+    layout: Layout, orders: IdOrders, notes: HostNotes, scored: Bool, out: Mapping[str, AnyArray]
 ) -> None:
     """Encodes the notes on the scored rows of some blocks into the layout's arrays.
 
@@ -96,7 +96,7 @@ def _above_floor(levels: AnyArray, cut: bool) -> tuple[AnyArray, AnyArray]:
 def _encode_draws(
     layout: Layout,
     orders: IdOrders,
-    notes: RowNotes,
+    notes: HostNotes,
     classes: Int64,
     scored: Bool,
     out: Mapping[str, AnyArray],

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from storage.hashing import splitmix64
+from storage.sampling import INCREMENT, mix
 from storage.types import AnyArray, Int32, Int64
 
 MAX_CLASSES, NEAR = 32, 1024
@@ -107,7 +107,7 @@ def learn_orders(ids: AnyArray, vocab_size: int) -> IdOrders:
     seen = np.flatnonzero(counts) if len(ids) else np.zeros(1, np.int64)
     far = seen[np.argsort(-counts[seen], kind="stable")].astype(np.int32)
     classes = class_count(len(ids), vocab_size)
-    member = (splitmix64(np.arange(len(ids), dtype=np.uint64)) % np.uint64(classes)).astype(np.int64)
+    member = (mix(np.arange(len(ids), dtype=np.uint64) + np.uint64(INCREMENT)) % np.uint64(classes)).astype(np.int64)
     common = (counts + 0.05) / (counts.sum() + 0.05 * vocab_size)
     for _ in range(_ROUNDS):
         scores = _scores(ids, member, common, classes)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from storage.types import AnyArray
 
 Float64 = npt.NDArray[np.float64]
-_UInt64 = npt.NDArray[np.uint64]
+UInt64 = npt.NDArray[np.uint64]
 
 INCREMENT = 0x9E3779B97F4A7C15
 
@@ -38,11 +38,12 @@ def uniforms(seed: int, block_ids: AnyArray, positions: AnyArray) -> Float64:
     start = np.full(blocks.shape, seed % 2**64, np.uint64)
     state = np.zeros(blocks.shape, np.uint64)
     for word in (start, blocks.astype(np.uint64), places.astype(np.uint64)):
-        state = _mix(state + word + np.uint64(INCREMENT))
+        state = mix(state + word + np.uint64(INCREMENT))
     return (state >> np.uint64(11)) * 2.0**-53
 
 
-def _mix(x: _UInt64) -> _UInt64:
+def mix(x: UInt64) -> UInt64:
+    """Returns splitmix64's finaliser of each value: a bijection of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

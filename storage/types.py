@@ -158,8 +158,8 @@ class TeacherNotes:
 
 
 @dataclass(frozen=True)
-class RowNotes:
-    """What a teacher noted about R rows, before it is encoded.
+class HostNotes:
+    """What a teacher noted about R rows, on the host and not encoded yet.
 
     Attributes:
         ids: int64 or int32 [R, K], most probable first; unused entries (top-p) repeat the first.

@@ -52,13 +52,13 @@ class Layout:
             softmax.
         preset: "exact", "balanced" or "compact" (see codec.PRESETS).
         k: K, head entries a token.
-        draws: S, tail draws a token.
-        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
-        seed: of the draws.
         temperatures: the grid of log_z.
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
         hidden_size: D (0 where no layer is pooled).
+        draws: S, tail draws a token.
+        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
+        seed: of the draws.
     """
 
     blocks: int
@@ -67,13 +67,13 @@ class Layout:
     vocab_size: int
     preset: str
     k: int
-    draws: int
-    top_p: float
-    seed: int
     temperatures: tuple[float, ...]
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
+    draws: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     @property
     def codecs(self) -> Preset:

@@ -182,7 +182,7 @@ def _student_rows(
     work: Workspace, info: CorpusInfo | None, tokens: int, pace: _Pace
 ) -> list[PlanRow]:
     config, rows = work.config, []
-    train = len(info.block_ids("train")) * info.block_length if info else tokens
+    train = sum(n for _, n in info.ranges("train")) * info.block_length if info else tokens
     step_tokens = config.train.batch_blocks * config.train.accumulate * config.corpus.block_length
     steps = config.train.steps or math.ceil(train * (config.train.epochs or 1) / step_tokens)
     built = work.there(config.student.model, config.student.revision)

@@ -130,7 +130,7 @@ class Workspace:
         folder = self._student_folder()
         settings = read_config(folder, "student.model")
         dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-        heldout, train = info.block_ids("heldout"), info.block_ids("train")
+        heldout, train = info.block_ids("heldout"), info.ranges("train")
         losses = {FUSED: config.loss}
         if config.train.baseline:
             losses[BASELINE] = LossOptions(
@@ -158,6 +158,7 @@ class Workspace:
                     mode="json",
                     exclude={
                         "baseline",
+                        "workers",
                         "keep_checkpoints",
                         "checkpoint_every",
                         "log_every",

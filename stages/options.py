@@ -192,6 +192,9 @@ class TrainOptions(Options):
     steps: Count | None = Field(None, description="Optimizer steps, in place of `epochs`.")
     batch_blocks: Count = Field(1, description="Blocks of one forward and backward.")
     accumulate: Count = Field(1, description="Batches of one optimizer step.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes that read and fuse ahead; 0: a thread. The batches are the same."
+    )
     lr: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="After the warm-up; wsd: constant, then linear decay."

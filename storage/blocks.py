@@ -101,6 +101,10 @@ class CorpusInfo:
         ]
         return np.concatenate([np.empty(0, np.int64), *ranges])
 
+    def ranges(self, split: str) -> tuple[tuple[int, int], ...]:
+        """Returns a split's blocks as (first block, how many), ascending: nothing a block."""
+        return tuple((s.first_block, s.blocks) for s in self.sources if s.split == split)
+
     def domain_of(self, block_ids: Int64) -> Int64:
         """Returns the index into `domains` of each block."""
         starts = np.array([s.first_block for s in self.sources])

@@ -6,6 +6,7 @@ times slower; here a missing chunk raises. Equality with zarr-python is tested.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,6 +79,7 @@ class CacheReader:
         self._decoder, self._orders = NotesDecoder(self.layout, orders), digest(orders)
         self._vouched: set[int] = set()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
+        self._pid = os.getpid()
 
     def array(self, name: str, block_ids: Int64) -> AnyArray:
         """Returns one array's blocks as stored (encoded), [n, …], in the order asked for.
@@ -123,6 +125,9 @@ class CacheReader:
         return arrays
 
     def _shard(self, name: str, part: int) -> Shard:
+        if self._pid != os.getpid():  # a forked worker opens its own files
+            self._pid = os.getpid()
+            self._shards.clear()
         key = (name, part)
         if key in self._shards:
             self._shards.move_to_end(key)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.cache_commands import inspect, repair, verify
 from storage.errors import ScholiastError
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def main() -> None:
     cache-teachers  each teacher once over the blocks → sparse notes on disk
     train-student   the student on the teachers' fused notes
     evaluate        held-out figures; report: HTML, Markdown and JSON of them
+    verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
 
     Every command can be interrupted and run again: it goes on where it stopped.
 
@@ -309,6 +311,10 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
             for r in rows
         ],
     )
+
+
+for _command in (verify, repair, inspect):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

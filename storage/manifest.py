@@ -177,6 +177,22 @@ def load(root: Path, part: int, expected: str) -> Manifest | None:
         StaleCache: its name says this fingerprint, its content another.
     """
     path = path_of(root, part, expected)
+    manifest = read(path)
+    if manifest is not None and (manifest.fingerprint != expected or manifest.part != part):
+        raise StaleCache(
+            "a manifest is not what its name says", where=path,
+            expected=f"part {part} of fingerprint {expected[:16]}",
+            found=f"part {manifest.part} of fingerprint {manifest.fingerprint[:16]}", todo=REDO,
+        )  # fmt: skip
+    return manifest
+
+
+def read(path: Path) -> Manifest | None:
+    """Returns the manifest at a path, whatever it is of; None if there is none.
+
+    Raises:
+        CorruptShard: its own checksum does not hold.
+    """
     try:
         body = json.loads(path.read_bytes())
         checksum = body.pop("sha256")
@@ -190,12 +206,6 @@ def load(root: Path, part: int, expected: str) -> Manifest | None:
             "a manifest's bytes are not those that were written", where=path, todo=REDO
         )
     body["objects"] = {p: (int(size), str(digest)) for p, (size, digest) in body["objects"].items()}
-    if body["fingerprint"] != expected or body["part"] != part:
-        raise StaleCache(
-            "a manifest is not what its name says", where=path,
-            expected=f"part {part} of fingerprint {expected[:16]}",
-            found=f"part {body['part']} of fingerprint {body['fingerprint'][:16]}", todo=REDO,
-        )  # fmt: skip
     return Manifest(**body)
 
 

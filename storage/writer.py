@@ -27,6 +27,7 @@ from storage.layout import (
     quiet_zarr,
     shard_name,
 )
+from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
 from storage.shard import Shard
 from storage.tables import digest, load_orders, save_spares
@@ -94,6 +95,7 @@ class CacheWriter:
 
     Raises (on construction):
         StaleCache: `root` holds a cache of another identity.
+        CorruptShard: the group's metadata have been altered.
         DiskFull: no space for the metadata.
     """
 
@@ -111,14 +113,17 @@ class CacheWriter:
         require_identity(root, identity)
         with durable.disk_errors(root):
             _make_group(root, layout, learn)
+            stored = stored_layout(root)
+            if stored is not None:
+                _require_layout(root, stored, layout)
             self.orders = load_orders(root, layout)
             save_spares(root)
+        require_metadata(root, layout, self.orders)  # or zarr would write as the altered ones say
         self._carry = {"orders": digest(self.orders)}
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
             group: Any = zarr.open_group(root / GROUP, mode="r+")
-            _require_layout(root, group.attrs.get("scholiast"), layout)
             self._arrays = {name: group[name] for name in layout.arrays()}
         save_info(root, identity, layout)
 

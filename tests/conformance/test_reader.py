@@ -202,11 +202,11 @@ def test_damaged_orders_are_refused_and_restored_from_their_spare(root: Path) ->
         (root / name).write_bytes(data)
         with pytest.raises(CorruptShard, match="scholiast repair"):
             CacheReader(root)
-        assert restore(root) == [root / name]
+        assert restore(root, LAYOUT) == [root / name]
         (root / name).unlink()
         with pytest.raises(MissingShard, match="orders"):
             CacheReader(root)
-        assert restore(root) == [root / name] and restore(root) == []
+        assert restore(root, LAYOUT) == [root / name] and restore(root, LAYOUT) == []
     assert np.array_equal(CacheReader(root).read(np.arange(7)).head.ids, before.head.ids)
 
 

@@ -149,12 +149,8 @@ class BlockView:
 
 
 def drawn(notes: TeacherNotes, t: int) -> list[tuple[int, int]]:
-    """Returns the ids drawn from row t's tail with how often, most often first.
-
-    The one place that knows of tail draws: format 1 stores none.
-    """
-    ids: list[int] = []
-    return Counter(ids).most_common()
+    """Returns the ids drawn from row t's tail with how often, most often first."""
+    return Counter([] if notes.draws is None else notes.draws.ids[0, t].tolist()).most_common()
 
 
 def visible(text: str) -> str:

@@ -1,16 +1,11 @@
-"""Blocks in a reproducible order, joined over the teachers, as batches ready for the student.
-
-The order is a function of (seed, epoch, corpus fingerprint) alone. A position in it is
-{epoch, samples consumed}, so a run resumes by arithmetic, not by skipping. The next step's batches
-are read and fused in a thread while the current one trains.
+"""Blocks joined over the teachers by block id, as batches ready for the student.
 
 Shapes: B blocks, T tokens, R rows with a target, G segments, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,51 +16,8 @@ from stages.fusion import FusedTarget, fuse
 from stages.options import FusionOptions
 from storage.blocks import BlockReader
 from storage.errors import StaleCache
-from storage.fingerprint import fingerprint
 from storage.reader import CacheReader
 from storage.types import Int64, TokenBlocks
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the next sample lies in the endless sequence of epochs."""
-
-    epoch: int = 0
-    consumed: int = 0
-
-
-class BlockOrder:
-    """A fresh permutation of some blocks for every epoch.
-
-    Args:
-        block_ids: the blocks, ascending.
-        seed: of the run.
-        corpus: fingerprint of the corpus.
-    """
-
-    def __init__(self, block_ids: Int64, seed: int, corpus: str) -> None:
-        self._ids, self._seed, self._corpus = block_ids, seed, corpus
-        self._epoch, self._order = -1, block_ids
-
-    def epoch(self, epoch: int) -> Int64:
-        """Returns the epoch's order, int64 [N]."""
-        if epoch != self._epoch:
-            seed = int(fingerprint([self._seed, epoch, self._corpus])[:16], 16)
-            order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self._ids))
-            self._epoch, self._order = epoch, self._ids[order]
-        return self._order
-
-    def take(self, position: Position, count: int) -> tuple[Int64, Position]:
-        """Returns the next `count` blocks, running on into the next epoch, and what follows them."""
-        taken = []
-        while count:
-            piece = self.epoch(position.epoch)[position.consumed : position.consumed + count]
-            taken.append(piece)
-            count -= len(piece)
-            consumed = position.consumed + len(piece)
-            rolled = consumed == len(self._ids)
-            position = Position(position.epoch + rolled, 0 if rolled else consumed)
-        return np.concatenate(taken), position
 
 
 @dataclass(frozen=True)
@@ -198,22 +150,3 @@ def segment_means(values_R: Tensor, scored_BT: Tensor, segments: int) -> Tensor:
         span = slice(g * length // segments, (g + 1) * length // segments)
         means.append(dense[:, span].sum(1) / scored_BT[:, span].sum(1).clamp_min(1))
     return torch.stack(means, 1)
-
-
-def steps_of_batches(
-    reader: BatchReader, order: BlockOrder, position: Position, batch_blocks: int, accumulate: int
-) -> Generator[tuple[list[Batch], Position], None, None]:
-    """Yields each optimizer step's batches and the position after it, one step read ahead."""
-
-    def load(start: Position) -> tuple[list[Batch], Position]:
-        ids, after = order.take(start, batch_blocks * accumulate)
-        return [
-            reader.read(ids[i : i + batch_blocks]) for i in range(0, len(ids), batch_blocks)
-        ], after
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        pending = pool.submit(load, position)
-        while True:
-            batches, position = pending.result()
-            pending = pool.submit(load, position)
-            yield batches, position

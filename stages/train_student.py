@@ -12,20 +12,22 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.batches import Batch, BatchReader, BlockOrder, Position, steps_of_batches
+from stages.batches import Batch, BatchReader
 from stages.checkpoint import export, latest_checkpoint, load_checkpoint, save_checkpoint
 from stages.device import Usage
 from stages.evaluate import heldout_losses
 from stages.options import LossOptions, TrainOptions
+from stages.order import BlockOrder, Position, Ranges
 from stages.progress import Progress
 from stages.schedule import lr_share
+from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, StepLoss
 from storage import durable
 from storage.errors import CheckpointError, CorpusError, ScholiastError
@@ -41,7 +43,8 @@ class Run:
         folder: where metrics, checkpoints and the finished model go.
         identity: what decides the result; a checkpoint of another identity is refused.
         train, loss: options.
-        train_blocks, heldout_blocks: int64 block ids.
+        train_blocks: ranges of blocks.
+        heldout_blocks: int64 block ids.
         dtype: of the exported weights.
     """
 
@@ -49,7 +52,7 @@ class Run:
     identity: dict[str, Any]
     train: TrainOptions
     loss: LossOptions
-    train_blocks: Int64
+    train_blocks: Ranges
     heldout_blocks: Int64
     dtype: torch.dtype
 
@@ -61,7 +64,7 @@ class Run:
     def steps(self) -> int:
         if self.train.steps is not None:
             return self.train.steps
-        samples = len(self.train_blocks) * (self.train.epochs or 1)
+        samples = sum(count for _, count in self.train_blocks) * (self.train.epochs or 1)
         return math.ceil(samples / (self.train.batch_blocks * self.train.accumulate))
 
 
@@ -112,7 +115,7 @@ class Trainer:
         evaluation: BatchReader,
         progress: Progress,
     ) -> None:
-        if not len(run.train_blocks):
+        if not any(count for _, count in run.train_blocks):
             raise CorpusError(
                 "there are no training blocks", where="corpus.sources",
                 todo="give at least one source with split: train",
@@ -120,7 +123,10 @@ class Trainer:
         self.run, self.student, self.tokenizer = run, student, tokenizer
         self.reader, self.evaluation, self.progress = reader, evaluation, progress
         self.device = next(student.parameters()).device
-        self.order = BlockOrder(run.train_blocks, run.train.seed, reader.corpus.info.fingerprint)
+        info = reader.corpus.info
+        self.order = BlockOrder(
+            run.train_blocks, info.blocks_per_part, run.train.seed, info.fingerprint
+        )
         self.optimizer = make_optimizer(student, run.train)
         self.step, self.position = 0, Position()
         self.tokens, self.seconds = 0, 0.0  # trained on so far, over all resumed stretches
@@ -142,8 +148,9 @@ class Trainer:
         self.student.train()
         self.progress.start(f"train {run.folder.name}", run.steps, "step", self.step)
         stream = steps_of_batches(
-            self.reader, self.order, self.position, options.batch_blocks, options.accumulate
-        )
+            self.reader, self.order, self.position, options.batch_blocks, options.accumulate,
+            workers=options.workers,
+        )  # fmt: skip
         usage, before = Usage(self.device), self.seconds
         if self.step == 0:
             self._log({"step": 0, "heldout": self._evaluate()})
@@ -223,7 +230,7 @@ class Trainer:
 
     def _save(self) -> None:
         facts = {
-            "identity": self.run.identity, "position": asdict(self.position),
+            "identity": self.run.identity, "position": self.order.state(self.position),
             "tokens": self.tokens, "seconds": self.seconds,
         }  # fmt: skip
         save_checkpoint(
@@ -249,7 +256,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.step = int(facts["step"])
-        self.position = Position(**facts["position"])
+        self.position = self.order.resume(facts["position"])
         self.tokens, self.seconds = int(facts["tokens"]), float(facts["seconds"])
         _truncate(self._metrics, self.step)
         self.progress.say(f"{self.run.folder.name}: going on from step {self.step}")

@@ -16,6 +16,7 @@ from storage import durable
 from storage.fingerprint import canonical_json
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
+from storage.tables import order_paths, restore
 from storage.verify import Report
 
 
@@ -47,7 +48,9 @@ def plan_repair(report: Report, clean: bool = False) -> list[Action]:
         actions.append(Action("write", BEGUN, "what the parts were made from"))
         actions.append(Action("delete", INFO[CORPUS], "vouches for all parts"))
     for problem in report.problems:
-        if problem.mend == "rewrite":
+        if problem.mend == "restore":
+            actions.append(Action("write", problem.path, "its other copy is sound"))
+        elif problem.mend == "rewrite":
             actions.append(Action("write", problem.path, "follows from the layout"))
         elif problem.mend == "drop" and (store.root / problem.path).exists():
             actions.append(Action("delete", problem.path, problem.what))
@@ -89,8 +92,10 @@ def _there(store: Store, path: str) -> bool:
 def _write(store: Store, path: str) -> None:
     if path == BEGUN and store.info is not None:
         durable.write_bytes(store.root / BEGUN, canonical_json(store.info.identity))
-    elif store.layout is not None:
-        rewrite_metadata(store.root, store.layout, path)
+    elif store.layout is not None and path in order_paths():
+        restore(store.root, store.layout)
+    elif store.layout is not None and store.orders is not None:
+        rewrite_metadata(store.root, store.layout, store.orders, path)
 
 
 def _delete(path: Path) -> None:

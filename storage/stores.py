@@ -4,27 +4,30 @@ has, which files each part consists of."""
 from __future__ import annotations
 
 import json
-import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from storage import manifest
 from storage.blocks import CorpusInfo, load_info, object_name
 from storage.errors import CorruptShard, ScholiastError
 from storage.fingerprint import canonical_json, fingerprint
-from storage.layout import GROUP, Layout, shard_name
+from storage.layout import GROUP, Layout, order_names, shard_name
 from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
+from storage.orders import IdOrders
+from storage.tables import digest, load_orders, spare_name
 from storage.writer import open_cache
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
 BEGUN = "begun.json"
-MANIFEST = re.compile(r"(\d{6,})\.json")
+MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
 
-Mend = Literal["redo", "rewrite", "drop", "none"]
+Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Problem:
         path: relative to the root.
         what: one sentence.
         mend: what repair can do. "redo": drop the part, stage one makes it anew; "rewrite": the
-            file follows from the layout; "drop": the next command writes the file again; "none".
+            file follows from the layout; "restore": another file holds the same bytes; "drop": the next command writes the file again; "none".
     """
 
     part: int | None
@@ -51,6 +54,7 @@ class Store:
 
     Attributes:
         root, kind: the folder; "cache" or "corpus".
+        orders: a cache's orders of ids; None where they are lost.
         owner: fingerprint that the parts' manifests must carry; None if no file tells.
         layout, info: of a cache, of a corpus; None where its file is damaged or missing.
     """
@@ -60,6 +64,7 @@ class Store:
     owner: str | None = None
     layout: Layout | None = None
     info: CorpusInfo | None = None
+    orders: IdOrders | None = None
 
     @property
     def parts(self) -> int | None:
@@ -68,16 +73,18 @@ class Store:
 
     def path(self, part: int) -> str:
         """Returns a part's manifest, relative to the root."""
-        return manifest.path_of(self.root, part).relative_to(self.root).as_posix()
+        own = manifest.path_of(self.root, part, self.owner or "")
+        if not own.exists():  # made from something else, or by we do not know what
+            own = min((self.root / "manifests").glob(f"{part:06d}-*.json"), default=own)
+        return own.relative_to(self.root).as_posix()
 
     def load(self, part: int) -> Manifest | None:
-        """Returns a part's manifest (see manifest.load for what is raised)."""
-        return manifest.load(self.root, part)
+        """Returns a part's manifest, whatever it was made from (see manifest.read)."""
+        return manifest.read(self.root / self.path(part))
 
     def listed(self) -> list[int]:
         """Returns the parts that have a manifest, ascending, from names alone."""
-        names = map(MANIFEST.fullmatch, _names(self.root / "manifests"))
-        parts = sorted(int(name[1]) for name in names if name)
+        parts: list[int] = np.unique(manifest.listing(self.root).parts).tolist()
         return parts if self.parts is None else [p for p in parts if p < self.parts]
 
     def objects(self, part: int) -> set[str] | None:
@@ -91,7 +98,9 @@ class Store:
 
     def metadata(self) -> set[str]:
         """Returns the Zarr metadata's files."""
-        return set(group_metadata(self.layout)) if self.layout else set()
+        if self.layout is None or self.orders is None:
+            return set()
+        return set(group_metadata(self.layout, self.orders))
 
 
 def kind_of(root: Path) -> str | None:
@@ -140,10 +149,33 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
         return Store(root, CACHE, _first_owner(bare)), problems
-    store = Store(root, CACHE, fingerprint(opened[0]), opened[1])
-    altered = altered_metadata(root, opened[1])
-    problems += [Problem(None, path, what, "rewrite") for path, what in altered.items()]
+    orders = _orders(root, opened[1], problems)
+    store = Store(root, CACHE, fingerprint(opened[0]), opened[1], None, orders)
+    if orders is not None:
+        altered = altered_metadata(root, opened[1], orders)
+        problems += [Problem(None, path, what, "rewrite") for path, what in altered.items()]
     return store, problems + not_canonical(root, name, "drop")
+
+
+def _orders(root: Path, layout: Layout, problems: list[Problem]) -> IdOrders | None:
+    """Returns the orders of ids, or their spare copy; adds to `problems` what is wrong with either."""
+    found: list[IdOrders] = []
+    for spare in (False, True):
+        try:
+            found.append(load_orders(root, layout, spare))
+        except ScholiastError as error:
+            path = Path(error.where or root).relative_to(root).as_posix()
+            problems.append(Problem(None, path, error.what, "restore"))
+    if not found:
+        lost = [p for p in problems if p.mend == "restore"]
+        problems[:] = [p for p in problems if p.mend != "restore"]
+        problems += [replace(p, mend="none") for p in lost]
+        return None
+    if len(found) == 2 and digest(found[0]) != digest(found[1]):
+        problems.append(
+            Problem(None, spare_name(order_names()[0]), "a spare copy of other orders", "restore")
+        )
+    return found[0]
 
 
 def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
@@ -191,10 +223,3 @@ def _first_owner(store: Store) -> str | None:
         if found is not None:
             return found.fingerprint
     return None
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.blocks import BlockReader, content_digest, object_name
+from storage.blocks import BlockReader
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
 from storage.layout import GROUP
@@ -36,6 +36,7 @@ from storage.stores import (
     not_canonical,
     open_store,
 )
+from storage.tables import digest, order_paths
 
 _OTHERS = {CACHE: {"log.jsonl"}, CORPUS: {BEGUN}}
 _WINDOW = 256  # parts whose manifests are held at once
@@ -149,6 +150,8 @@ def _check_manifest(store: Store, part: int) -> tuple[Manifest | None, list[Prob
         return found, [Problem(part, path, what, "none")]
     known = store.layout or store.info
     first, last = known.part_range(part) if known else (found.first_block, None)
+    if store.orders is not None and found.carry.get("orders") != digest(store.orders):
+        return found, [Problem(part, path, "the part was written with other orders of ids", "redo")]
     named = store.objects(part)
     if (
         found.part != part
@@ -202,19 +205,19 @@ def _decode(store: Store, part: int) -> Problem | None:
 
 
 def _decode_corpus(store: Store, part: int) -> Problem | None:
-    found = store.load(part)
-    if found and content_digest(BlockReader(store.root).part(part)) != found.carry["content"]:
-        return Problem(part, object_name(part), "not the tokens that were packed", "redo")
+    BlockReader(store.root).part(part)
     return None
 
 
 def _leftovers(store: Store, parts: set[int]) -> Iterator[Leftover]:
     known = {INFO[store.kind], *_OTHERS[store.kind], *store.metadata()}
+    if store.kind == CACHE:
+        known |= set(order_paths())
     for path in _names_below(store.root):
         named = _OBJECT.fullmatch(path)
         part = int(named[1] or named[3]) if named else -1
         listed = MANIFEST.fullmatch(path.removeprefix("manifests/"))
-        if path in known or (listed and int(listed[1]) in parts):
+        if path in known or (listed and path == store.path(int(listed[1]))):
             continue
         if part in parts and path in (store.objects(part) or {path}):
             continue

@@ -1,17 +1,16 @@
-"""Schedules, block order, feature alignment, pooling, layer cutting."""
+"""Schedules, feature alignment, pooling, layer cutting."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_model
 
 from stages.annotate import pool
-from stages.batches import BlockOrder, Position, segment_means
+from stages.batches import segment_means
 from stages.features import FeatureAligner, resolve_pairs
 from stages.options import FeatureOptions, TrainOptions
 from stages.schedule import lr_share
@@ -29,29 +28,6 @@ def test_schedule_warms_up_and_decays(schedule: str) -> None:
         assert shares[10:80] == [1.0] * 70 and shares[90] == pytest.approx(0.5)
     else:
         assert shares[55] == pytest.approx(0.5)
-
-
-def test_order_is_a_function_of_seed_epoch_and_corpus() -> None:
-    ids = np.arange(100, 120)
-    order = BlockOrder(ids, 1, "corpus")
-    first = order.epoch(0).copy()
-    assert sorted(first) == list(ids) and not np.array_equal(first, order.epoch(1))
-    assert np.array_equal(BlockOrder(ids, 1, "corpus").epoch(0), first)
-    assert not np.array_equal(BlockOrder(ids, 2, "corpus").epoch(0), first)
-    assert not np.array_equal(BlockOrder(ids, 1, "other").epoch(0), first)
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 20, 33])
-def test_any_batch_size_walks_the_same_endless_order(size: int) -> None:
-    order = BlockOrder(np.arange(20), 0, "c")
-    position, seen = Position(), []
-    for _ in range(60 // size + 1):
-        ids, position = order.take(position, size)
-        assert len(ids) == size
-        seen += ids.tolist()
-    endless = np.concatenate([BlockOrder(np.arange(20), 0, "c").epoch(e) for e in range(6)])
-    assert seen == endless[: len(seen)].tolist()
-    assert position == Position(len(seen) // 20, len(seen) % 20)
 
 
 def test_pool_means_present_tokens_only() -> None:

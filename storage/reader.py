@@ -20,7 +20,7 @@ from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
 from storage.fingerprint import fingerprint
 from storage.layout import Layout, shard_name
-from storage.notes import NotesDecoder
+from storage.notes import STATISTICS, NotesDecoder
 from storage.shard import Shard
 from storage.tables import digest, load_orders
 from storage.types import (
@@ -29,6 +29,7 @@ from storage.types import (
     PooledFeatures,
     SparseLogits,
     TeacherNotes,
+    TokenStats,
 )
 from storage.writer import open_cache
 
@@ -115,13 +116,15 @@ class CacheReader:
         )
         return notes if self.k == layout.k else smaller_head(notes, self.k)
 
+    def stats(self, block_ids: Int64) -> TokenStats:
+        """Returns the statistics alone."""
+        names = [name for name in STATISTICS if name in self._specs]
+        return self._decoder.stats({name: self.array(name, block_ids) for name in names})
+
     def packed(self, block_ids: Int64) -> dict[str, AnyArray]:
         """Returns every array's blocks as stored, [n, …]: what `NotesDecoder` makes notes of."""
         arrays = {name: self.array(name, block_ids) for name in self._wanted}
-        count, length = len(block_ids), self.layout.block_length
-        if not self.layout.temperatures:
-            arrays["log_z"] = np.empty((count, 0, length), np.float32)
-        arrays.setdefault("feature_count", np.empty((count, 0), np.int32))
+        arrays.setdefault("feature_count", np.empty((len(block_ids), 0), np.int32))
         return arrays
 
     def _shard(self, name: str, part: int) -> Shard:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storage.codec import LOGPROB_CODECS, LogprobCodec
+from storage.generations import (
+    Generation,
+    blocks_of,
+    blocks_until,
+    part_of,
+    part_range,
+    parts_until,
+)
 
 FORMAT = 1
 GROUP = "notes.zarr"
@@ -45,7 +54,7 @@ class Layout:
     """What one teacher's cache stores, and how it is cut.
 
     Attributes:
-        blocks, blocks_per_part, block_length: N, the width of a part, T.
+        blocks, blocks_per_part, block_length: how many blocks there are, the width of a part, T.
         vocab_size: V, the tokenizer's ids; a model's padding rows beyond it are left out of the
             softmax.
         k: K, head entries a token.
@@ -54,6 +63,7 @@ class Layout:
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
         hidden_size: D (0 where no layer is pooled).
+        generations: of a corpus that has grown; () is all blocks at one time.
     """
 
     blocks: int
@@ -66,10 +76,21 @@ class Layout:
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
+    generations: tuple[Generation, ...] = ()
+
+    @cached_property
+    def _spans(self) -> tuple[Generation, ...]:
+        return self.generations or (Generation(0, self.blocks, ""),)
 
     @property
     def parts(self) -> int:
-        return -(-self.blocks // self.blocks_per_part)
+        return parts_until(self._spans, self.blocks_per_part)
+
+    def until(self, generations: int) -> Layout:
+        """Returns the layout as it was with the first so many generations."""
+        kept = self._spans[:generations]
+        blocks = sum(g.blocks for g in kept)
+        return replace(self, blocks=blocks, generations=kept if len(kept) > 1 else ())
 
     @property
     def logprob_codec(self) -> LogprobCodec:
@@ -77,15 +98,19 @@ class Layout:
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Returns (first block, one past the last block) of a part."""
-        first = part * self.blocks_per_part
-        return first, min(first + self.blocks_per_part, self.blocks)
+        return part_range(self._spans, self.blocks_per_part, part)
+
+    def part_of(self, block: int) -> int:
+        """Returns the part that holds a block.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        return part_of(self._spans, self.blocks_per_part, block)
 
     def blocks_of(self, parts: Sequence[int]) -> int:
-        """Returns how many blocks some parts (distinct, ascending) hold together."""
-        count = len(parts) * self.blocks_per_part
-        if count and parts[-1] == self.parts - 1:  # the last part may be short
-            count += self.blocks - self.parts * self.blocks_per_part
-        return count
+        """Returns how many blocks some distinct parts hold together."""
+        return blocks_of(self._spans, self.blocks_per_part, parts)
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Returns every array of the group by name."""
@@ -120,8 +145,9 @@ class Layout:
         names: tuple[str, ...],
         chunk: tuple[int, ...] | None = None,
     ) -> ArraySpec:
+        end = blocks_until(self._spans, self.blocks_per_part)
         return ArraySpec(
-            dtype, (self.blocks, *inner), (self.blocks_per_part, *inner), (1, *(chunk or inner)),
+            dtype, (end, *inner), (self.blocks_per_part, *inner), (1, *(chunk or inner)),
             ("block", *names),
         )  # fmt: skip
 
@@ -141,6 +167,7 @@ class Layout:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
         }
+        fields["generations"] = tuple(Generation(**g) for g in value["generations"])
         return cls(**fields)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import IncompleteCache
-from storage.fingerprint import fingerprint
 from storage.layout import Layout, shard_name
 from storage.shard import Shard
 from storage.types import (
@@ -27,7 +26,7 @@ from storage.types import (
     TeacherNotes,
     TokenStats,
 )
-from storage.writer import open_cache
+from storage.writer import open_cache, owners
 
 _OPEN_SHARDS = 256  # file descriptors a reader keeps
 
@@ -52,7 +51,7 @@ class CacheReader:
         self.root, self.name = root, name
         self.identity: dict[str, Any] = opened[0]
         self.layout: Layout = opened[1]
-        self._fingerprint = fingerprint(self.identity)
+        self._owners = owners(self.identity, self.layout)
         self._specs = self.layout.arrays()
         self._vouched: set[int] = set()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
@@ -67,9 +66,8 @@ class CacheReader:
         spec = self._specs[name]
         out = np.empty((len(block_ids), *spec.shape[1:]), spec.dtype)
         for row, block in enumerate(block_ids.tolist()):
-            if not 0 <= block < self.layout.blocks:
-                raise IndexError(f"block ids must lie in [0, {self.layout.blocks})")
-            part, index = divmod(block, self.layout.blocks_per_part)
+            part = self.layout.part_of(block)
+            index = block - part * self.layout.blocks_per_part
             self._shard(name, part).read_into(index, out[row])
         return out
 
@@ -109,7 +107,7 @@ class CacheReader:
     def _require_part(self, part: int) -> None:
         if part in self._vouched:
             return
-        if manifest.finished(self.root, part, self._fingerprint) is None:
+        if manifest.finished(self.root, part, self._owners.of(part)) is None:
             raise IncompleteCache(
                 f"part {part} of teacher {self.name!r} is not done", where=self.root,
                 todo="run `scholiast cache-teachers`",

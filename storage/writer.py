@@ -59,8 +59,22 @@ def open_cache(root: Path) -> tuple[dict[str, Any], Layout] | None:
     return body["identity"], Layout.from_dict(body["layout"])
 
 
-def require_identity(root: Path, identity: Mapping[str, Any]) -> bool:
+def owners(identity: Mapping[str, Any], layout: Layout) -> manifest.Owners:
+    """Returns which fingerprint each part's manifest carries: that of the cache as it was when the
+    part's generation was the corpus's last."""
+    grown = layout.generations
+    if not grown:
+        return manifest.Owners((0,), (fingerprint(identity),))
+    return manifest.Owners(
+        tuple(g.first_part for g in grown),
+        tuple(fingerprint({**identity, "corpus": g.fingerprint}) for g in grown),
+    )
+
+
+def require_identity(root: Path, identity: Mapping[str, Any], layout: Layout) -> bool:
     """Returns whether a cache stands at `root`; refuses one that was made from something else.
+
+    A cache of an earlier generation of the same corpus is no other: it lacks parts.
 
     Raises:
         StaleCache: names every key of the two identities that disagrees.
@@ -68,7 +82,7 @@ def require_identity(root: Path, identity: Mapping[str, Any]) -> bool:
     opened = open_cache(root)
     if opened is None:
         return False
-    if fingerprint(opened[0]) != fingerprint(identity):
+    if fingerprint(opened[0]) not in owners(identity, layout).fingerprints:
         expected, found = describe_differences(identity, opened[0])
         raise StaleCache(
             "the cache was made from something else", where=root, expected=expected, found=found,
@@ -90,15 +104,15 @@ class CacheWriter:
         import zarr
 
         self.root, self.layout = root, layout
-        self.fingerprint = fingerprint(identity)
-        require_identity(root, identity)
+        self._owners = owners(identity, layout)
+        require_identity(root, identity, layout)
         with durable.disk_errors(root):
             _make_group(root, layout)
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+            _require_layout(root, layout)
             group: Any = zarr.open_group(root / GROUP, mode="r+")
-            _require_layout(root, group.attrs.get("scholiast"), layout)
             self._arrays = {name: group[name] for name in layout.arrays()}
         save_info(root, identity, layout)
 
@@ -129,8 +143,9 @@ class CacheWriter:
                 durable.fsync_file(self.root / path)
                 _fsync_folders(self.root, self.root / path)
             done = manifest.Manifest(
-                self.fingerprint, part, first, last - first, manifest.describe(self.root, names)
-            )
+                self._owners.of(part), part, first, last - first,
+                manifest.describe(self.root, names),
+            )  # fmt: skip
             manifest.save(self.root, done)
         return done
 
@@ -146,15 +161,41 @@ def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
     durable.write_bytes(root / "cache.json", canonical_json(body))
 
 
-def _require_layout(root: Path, stored: Any, layout: Layout) -> None:
-    """Refuses a group of another layout, which only a lost cache.json leaves to be found out here."""
-    expected = {"format": FORMAT, "layout": json.loads(canonical_json(layout.to_dict()))}
-    if stored != expected:
-        a, b = describe_differences(expected, stored if isinstance(stored, dict) else {})
+def _require_layout(root: Path, layout: Layout) -> None:
+    """Makes the arrays' metadata that of `layout` if they are of an earlier generation of it.
+
+    Raises:
+        StaleCache: they are of another layout, which only a lost cache.json leaves to be found out.
+    """
+    stored = json.loads((root / GROUP / "zarr.json").read_bytes())["attributes"].get("scholiast")
+    known = [
+        {"format": FORMAT, "layout": json.loads(canonical_json(layout.until(n).to_dict()))}
+        for n in range(1, max(1, len(layout.generations)) + 1)
+    ]
+    if stored not in known:
+        a, b = describe_differences(known[-1], stored if isinstance(stored, dict) else {})
         raise StaleCache(
             "the cache's arrays were made for something else", where=root / GROUP, expected=a,
             found=b, todo="name another cache_dir, or delete this folder to cache the teacher again",
         )  # fmt: skip
+    if stored != known[-1]:
+        with durable.disk_errors(root):
+            _grow_group(root, layout)
+
+
+def _grow_group(root: Path, layout: Layout) -> None:
+    """Replaces each array's metadata, the group's last; no shard is touched.
+
+    A larger shape alone changes, so readers of the old metadata and of the new see the same blocks.
+    """
+    temporary = root / f".{GROUP}.{uuid.uuid4().hex}.tmp"
+    try:
+        create_group(temporary, layout)
+        for name in (*layout.arrays(), "."):
+            data = (temporary / name / "zarr.json").read_bytes()
+            durable.write_bytes(root / GROUP / name / "zarr.json", data)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _drop_damaged(path: Path, spec: ArraySpec, part: int) -> None:

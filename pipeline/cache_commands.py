@@ -53,7 +53,13 @@ def cache_options(command: F) -> F:
 def check_options(command: F) -> F:
     """--deep and --workers: how to check."""
     for decorator in (
-        click.option("--workers", default=4, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--workers",
+            default=4,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Files read at once.",
+        ),
         click.option("--deep", is_flag=True, help="Also decode every chunk, as training would."),
     ):
         command = decorator(command)

@@ -79,7 +79,7 @@ class Workspace:
         info = self.prepare()
         jobs = self.jobs(info)
         for job in jobs:
-            if job.done:  # a cache.json that was lost is written again
+            if job.done and not (job.root / "cache.json").exists():  # it was lost
                 save_info(job.root, job.identity, job.layout)
         if any(job.pending for job in jobs):
             self._setup_torch()

@@ -86,7 +86,8 @@ def _require_identity(run: Run, found: dict[str, Any], where: Path) -> None:
         ours, theirs = describe_differences(run.identity, found)
         raise CheckpointError(
             "the folder holds another run", where=where, expected=ours, found=theirs,
-            todo=f"restore those settings, name another run_dir, or delete {run.folder}",
+            todo="restore those settings, or name another run_dir (and in corpus_dir and cache_dir what "
+            f"is there now), or delete {run.folder}",
         )  # fmt: skip
 
 

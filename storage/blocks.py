@@ -22,9 +22,10 @@ import pyarrow as pa
 from storage import durable, manifest
 from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
+from storage.generations import Generation, part_of, part_range, parts_until
 from storage.types import AnyArray, Bool, Int64, TokenBlocks
 
-FORMAT = 1
+FORMAT = 2
 _OPEN_PARTS = 64  # decoded parts a reader keeps; a part is some hundred kB to a few MB
 
 
@@ -48,17 +49,32 @@ class SourceRange:
 
 
 @dataclass(frozen=True)
+class CorpusGeneration(Generation):
+    """A generation of a corpus.
+
+    Attributes:
+        sources: how many of the configured sources are packed at its end.
+        identity: fingerprint of the corpus's identity with these sources; its manifests carry it.
+    """
+
+    sources: int
+    identity: str
+
+
+@dataclass(frozen=True)
 class CorpusInfo:
     """What `corpus.json` states.
 
     Attributes:
         identity: sources, tokenizer and packing, as a nested dict.
-        fingerprint: of identity and of every token, document, offset and mask.
+        fingerprint: of every token, document, offset and mask, and of how they are cut; the last
+            generation's.
         tokenizer: the tokenizer's own fingerprint.
         vocab_size: number of ids the tokenizer knows (largest id + 1).
         block_length: T.
-        blocks, blocks_per_part: N, and the width of a part.
+        blocks, blocks_per_part: how many blocks there are, and the width of a part.
         sources: in block order.
+        generations: what was packed at one time, in order; between two of them ids may be missing.
     """
 
     identity: dict[str, Any]
@@ -69,15 +85,19 @@ class CorpusInfo:
     blocks: int
     blocks_per_part: int
     sources: tuple[SourceRange, ...]
+    generations: tuple[CorpusGeneration, ...]
 
     @property
     def parts(self) -> int:
-        return -(-self.blocks // self.blocks_per_part)
+        return parts_until(self.generations, self.blocks_per_part)
 
     @property
-    def manifests(self) -> str:
-        """The fingerprint that the parts' manifests carry."""
-        return fingerprint(self.identity)
+    def owners(self) -> manifest.Owners:
+        """The fingerprints that the parts' manifests carry."""
+        return manifest.Owners(
+            tuple(g.first_part for g in self.generations),
+            tuple(g.identity for g in self.generations),
+        )
 
     @property
     def tokens(self) -> int:
@@ -89,8 +109,7 @@ class CorpusInfo:
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Returns (first block, one past the last block) of a part."""
-        first = part * self.blocks_per_part
-        return first, min(first + self.blocks_per_part, self.blocks)
+        return part_range(self.generations, self.blocks_per_part, part)
 
     def block_ids(self, split: str, domain: str | None = None) -> Int64:
         """Returns the ids, int64 and ascending, of a split's blocks (of one domain if named)."""
@@ -162,7 +181,7 @@ def write_part(
 
 def save_info(root: Path, info: CorpusInfo) -> None:
     """Commits the whole corpus."""
-    body = {"format": FORMAT, **asdict(info), "sources": [asdict(s) for s in info.sources]}
+    body = {"format": FORMAT, **asdict(info)}
     body["sha256"] = fingerprint(body)
     durable.write_bytes(root / "corpus.json", canonical_json(body))
 
@@ -193,13 +212,14 @@ def load_info(root: Path) -> CorpusInfo | None:
             todo="delete the corpus folder and run `scholiast prepare` again",
         )  # fmt: skip
     body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
+    body["generations"] = tuple(CorpusGeneration(**g) for g in body["generations"])
     return CorpusInfo(**body)
 
 
 def stored_bytes(root: Path, info: CorpusInfo) -> tuple[int, int]:
     """Returns (bytes of all parts and manifests, how many parts were looked at): scaled by blocks."""
     size, blocks, sampled = 0, 0, 0
-    for vouched, own in manifest.sampled(root, range(info.parts), lambda part: info.manifests):
+    for vouched, own in manifest.sampled(root, range(info.parts), info.owners):
         size += own + sum(n for n, _ in vouched.objects.values())
         blocks, sampled = blocks + vouched.blocks, sampled + 1
     return size * info.blocks // max(1, blocks), sampled
@@ -229,11 +249,9 @@ class BlockReader:
             IndexError: no such block.
         """
         ids = np.asarray(block_ids, np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.info.blocks):
-            raise IndexError(f"block ids must lie in [0, {self.info.blocks})")
         rows = []
         for block in ids.tolist():
-            part = block // self.info.blocks_per_part
+            part = part_of(self.info.generations, self.info.blocks_per_part, block)
             rows.append((self._part(part), block - part * self.info.blocks_per_part))
         if not rows:
             empty = np.empty((0, self.info.block_length + 1), np.int64)
@@ -254,7 +272,7 @@ class BlockReader:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        blocks = _read_part(self.root, part, self.info.manifests)
+        blocks = _read_part(self.root, part, self.info.owners.of(part))
         self._open[part] = blocks
         if len(self._open) > _OPEN_PARTS:
             self._open.popitem(last=False)

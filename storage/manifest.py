@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,25 +98,48 @@ def listing(root: Path) -> Listing:
     return Listing(numbers[order], np.array(prefixes, f"S{PREFIX}")[order])
 
 
-def done_parts(root: Path, expected: str) -> Int64:
-    """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
+@dataclass(frozen=True)
+class Owners:
+    """Which fingerprint each part's manifest must carry.
 
-    Args:
-        expected: fingerprint of what the parts must belong to.
+    Attributes:
+        first_parts: where each generation's parts begin, ascending from 0.
+        fingerprints: of each generation.
+    """
+
+    first_parts: tuple[int, ...]
+    fingerprints: tuple[str, ...]
+
+    def of(self, part: int) -> str:
+        """Returns the fingerprint of one part."""
+        return self.fingerprints[bisect_right(self.first_parts, part) - 1]
+
+    def prefixes(self, parts: Int64) -> npt.NDArray[np.bytes_]:
+        """Returns the prefix, 12 bytes, of each part."""
+        known = np.array([f[:PREFIX] for f in self.fingerprints], f"S{PREFIX}")
+        return known[np.searchsorted(self.first_parts, parts, side="right") - 1]
+
+
+def done_parts(root: Path, owners: Owners) -> Int64:
+    """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
 
     Raises:
         StaleCache: a part was made from something else.
     """
     listed = listing(root)
-    require_owners(root, listed, np.full(len(listed), expected[:PREFIX], f"S{PREFIX}"))
+    todo = "choose another folder, or delete this one to make it anew"
+    require_prefixes(root, listed, owners.prefixes(listed.parts), todo)
     return listed.parts
 
 
-def require_owners(root: Path, listed: Listing, expected: npt.NDArray[np.bytes_]) -> None:
+def require_prefixes(
+    root: Path, listed: Listing, expected: npt.NDArray[np.bytes_], todo: str
+) -> None:
     """Refuses manifests of another identity.
 
     Args:
-        expected: prefix that each listed manifest should have.
+        expected: prefix that each listed manifest should have, 12 bytes [n].
+        todo: what to do about them.
 
     Raises:
         StaleCache: shows the first one with both sides.
@@ -128,24 +152,19 @@ def require_owners(root: Path, listed: Listing, expected: npt.NDArray[np.bytes_]
             f"finished parts were made from something else ({len(foreign):,} of them)",
             where=path_of(root, int(listed.parts[i]), found),
             expected=f"fingerprint {expected[i].decode()}…", found=f"fingerprint {found}…",
-            todo="choose another folder, or delete this one to make it anew",
+            todo=todo,
         )  # fmt: skip
 
 
-def sampled(
-    root: Path, parts: Sequence[int], owner: Callable[[int], str]
-) -> Iterator[tuple[Manifest, int]]:
+def sampled(root: Path, parts: Sequence[int], owners: Owners) -> Iterator[tuple[Manifest, int]]:
     """Yields (manifest, bytes of its file) of at most SAMPLE finished parts, evenly spread.
-
-    Args:
-        owner: part → the fingerprint that its manifest carries.
 
     Raises:
         CorruptShard: a manifest's own checksum does not hold.
     """
     picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), SAMPLE)).round())
     for part in (parts[int(i)] for i in picked):
-        vouched = load(root, part, owner(part))
+        vouched = load(root, part, owners.of(part))
         if vouched is not None:
             yield vouched, path_of(root, part, vouched.fingerprint).stat().st_size
 

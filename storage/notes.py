@@ -29,7 +29,7 @@ from storage.types import (
     TokenStats,
 )
 
-_STATISTICS = ("entropy", "log_tail_mass", "gold_logprob")
+STATISTICS = ("entropy", "log_tail_mass", "gold_logprob", "log_z")
 
 
 def encode_rows(
@@ -54,7 +54,7 @@ def encode_rows(
     _put(out["head_logprobs"], scored, levels)
     if layout.draws:
         _encode_draws(layout, orders, notes, classes, scored, out)
-    for name in _STATISTICS:
+    for name in STATISTICS[:3]:
         out[name][scored] = statistics.encode(np.abs(getattr(notes, name)))
     if layout.temperatures:
         _put(out["log_z"], scored, statistics.encode(np.abs(notes.log_z)))

@@ -107,7 +107,8 @@ def learn_orders(ids: AnyArray, vocab_size: int) -> IdOrders:
     seen = np.flatnonzero(counts) if len(ids) else np.zeros(1, np.int64)
     far = seen[np.argsort(-counts[seen], kind="stable")].astype(np.int32)
     classes = class_count(len(ids), vocab_size)
-    member = (mix(np.arange(len(ids), dtype=np.uint64) + np.uint64(INCREMENT)) % np.uint64(classes)).astype(np.int64)
+    numbers = np.arange(len(ids), dtype=np.uint64)
+    member = (mix(numbers + np.uint64(INCREMENT)) % np.uint64(classes)).astype(np.int64)
     common = (counts + 0.05) / (counts.sum() + 0.05 * vocab_size)
     for _ in range(_ROUNDS):
         scores = _scores(ids, member, common, classes)

@@ -18,9 +18,8 @@ import numpy as np
 from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
-from storage.fingerprint import fingerprint
 from storage.layout import Layout, shard_name
-from storage.notes import NotesDecoder
+from storage.notes import STATISTICS, NotesDecoder
 from storage.shard import Shard
 from storage.tables import digest, load_orders
 from storage.types import (
@@ -29,8 +28,9 @@ from storage.types import (
     PooledFeatures,
     SparseLogits,
     TeacherNotes,
+    TokenStats,
 )
-from storage.writer import open_cache
+from storage.writer import open_cache, owners
 
 _OPEN_SHARDS = 256  # file descriptors a reader keeps
 
@@ -70,7 +70,7 @@ class CacheReader:
         self.root, self.name = root, name
         self.identity: dict[str, Any] = opened[0]
         self.layout: Layout = opened[1]
-        self._fingerprint = fingerprint(self.identity)
+        self._owners = owners(self.identity, self.layout)
         self._specs = self.layout.arrays()
         self.k, self.layers = _wanted(root, self.layout, k, layers)
         unwanted = {f"feature_{n}" for n in self.layout.feature_layers if n not in self.layers}
@@ -91,9 +91,8 @@ class CacheReader:
         spec = self._specs[name]
         out = np.empty((len(block_ids), *spec.shape[1:]), spec.dtype)
         for row, block in enumerate(block_ids.tolist()):
-            if not 0 <= block < self.layout.blocks:
-                raise IndexError(f"block ids must lie in [0, {self.layout.blocks})")
-            part, index = divmod(block, self.layout.blocks_per_part)
+            part = self.layout.part_of(block)
+            index = block - part * self.layout.blocks_per_part
             self._shard(name, part).read_into(index, out[row])
         return out
 
@@ -115,13 +114,15 @@ class CacheReader:
         )
         return notes if self.k == layout.k else smaller_head(notes, self.k)
 
+    def stats(self, block_ids: Int64) -> TokenStats:
+        """Returns the statistics alone."""
+        names = [name for name in STATISTICS if name in self._specs]
+        return self._decoder.stats({name: self.array(name, block_ids) for name in names})
+
     def packed(self, block_ids: Int64) -> dict[str, AnyArray]:
         """Returns every array's blocks as stored, [n, …]: what `NotesDecoder` makes notes of."""
         arrays = {name: self.array(name, block_ids) for name in self._wanted}
-        count, length = len(block_ids), self.layout.block_length
-        if not self.layout.temperatures:
-            arrays["log_z"] = np.empty((count, 0, length), np.float32)
-        arrays.setdefault("feature_count", np.empty((count, 0), np.int32))
+        arrays.setdefault("feature_count", np.empty((len(block_ids), 0), np.int32))
         return arrays
 
     def _shard(self, name: str, part: int) -> Shard:
@@ -143,7 +144,7 @@ class CacheReader:
     def _require_part(self, part: int) -> None:
         if part in self._vouched:
             return
-        vouched = manifest.finished(self.root, part, self._fingerprint)
+        vouched = manifest.finished(self.root, part, self._owners.of(part))
         if vouched is None:
             raise IncompleteCache(
                 f"part {part} of teacher {self.name!r} is not done", where=self.root,

@@ -20,7 +20,7 @@ from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
 from storage.orders import IdOrders
 from storage.tables import digest, load_orders, spare_name
-from storage.writer import open_cache
+from storage.writer import open_cache, owners
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
@@ -39,7 +39,8 @@ class Problem:
         path: relative to the root.
         what: one sentence.
         mend: what repair can do. "redo": drop the part, stage one makes it anew; "rewrite": the
-            file follows from the layout; "restore": another file holds the same bytes; "drop": the next command writes the file again; "none".
+            file follows from the layout; "restore": another file holds the same bytes; "drop": the
+            next command writes the file again; "none".
     """
 
     part: int | None
@@ -55,13 +56,13 @@ class Store:
     Attributes:
         root, kind: the folder; "cache" or "corpus".
         orders: a cache's orders of ids; None where they are lost.
-        owner: fingerprint that the parts' manifests must carry; None if no file tells.
+        owners: fingerprints that the parts' manifests must carry; None if no file tells.
         layout, info: of a cache, of a corpus; None where its file is damaged or missing.
     """
 
     root: Path
     kind: str
-    owner: str | None = None
+    owners: manifest.Owners | None = None
     layout: Layout | None = None
     info: CorpusInfo | None = None
     orders: IdOrders | None = None
@@ -73,7 +74,7 @@ class Store:
 
     def path(self, part: int) -> str:
         """Returns a part's manifest, relative to the root."""
-        own = manifest.path_of(self.root, part, self.owner or "")
+        own = manifest.path_of(self.root, part, self.owners.of(part) if self.owners else "")
         if not own.exists():  # made from something else, or by we do not know what
             own = min((self.root / "manifests").glob(f"{part:06d}-*.json"), default=own)
         return own.relative_to(self.root).as_posix()
@@ -148,9 +149,9 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         bare = Store(root, CACHE)
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
-        return Store(root, CACHE, _first_owner(bare)), problems
+        return Store(root, CACHE, _sole(_first_owner(bare))), problems
     orders = _orders(root, opened[1], problems)
-    store = Store(root, CACHE, fingerprint(opened[0]), opened[1], None, orders)
+    store = Store(root, CACHE, owners(*opened), opened[1], None, orders)
     if orders is not None:
         altered = altered_metadata(root, opened[1], orders)
         problems += [Problem(None, path, what, "rewrite") for path, what in altered.items()]
@@ -186,7 +187,7 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
     except ScholiastError as error:
         problems.append(Problem(None, name, error.what, _mend_info(error)))
     if info is not None:
-        store = Store(root, CORPUS, fingerprint(info.identity), None, info)
+        store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
     owner = _first_owner(Store(root, CORPUS))
@@ -197,7 +198,11 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
     if begun is None or begun != (owner or begun):
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
-    return Store(root, CORPUS, owner or begun), problems
+    return Store(root, CORPUS, _sole(owner or begun)), problems
+
+
+def _sole(owner: str | None) -> manifest.Owners | None:
+    return None if owner is None else manifest.Owners((0,), (owner,))
 
 
 def _mend_info(error: ScholiastError) -> Mend:

@@ -145,7 +145,7 @@ def _check_manifest(store: Store, part: int) -> tuple[Manifest | None, list[Prob
         plain = not_canonical(store.root, path, "redo", part)
     except ScholiastError as error:
         return None, [Problem(part, path, error.what, "redo")]
-    if found.fingerprint != store.owner:
+    if store.owners is None or found.fingerprint != store.owners.of(part):
         what = f"the part was made from something else: fingerprint {found.fingerprint[:16]}"
         return found, [Problem(part, path, what, "none")]
     known = store.layout or store.info

@@ -27,7 +27,15 @@ from safetensors.numpy import save_file
 from stages.options import StoreOptions, TeacherOptions
 from stages.teacher_jobs import TeacherJob, append_log, log_path, measured, plan_jobs, stored
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, SourceRange, load_info, save_info, stored_bytes
+from storage.blocks import (
+    BlockReader,
+    CorpusGeneration,
+    CorpusInfo,
+    SourceRange,
+    load_info,
+    save_info,
+    stored_bytes,
+)
 from storage.fingerprint import HashMemo, fingerprint
 from storage.layout import shard_name
 from storage.reader import CacheReader
@@ -44,10 +52,14 @@ def build(root: Path, parts: int) -> None:
     info = CorpusInfo(
         identity={"sources": {"000": "x"}}, fingerprint="c" * 64, tokenizer="t", vocab_size=50_000,
         block_length=BLOCK_LENGTH, blocks=blocks, blocks_per_part=BLOCKS_PER_PART, sources=(source,),
+        generations=(CorpusGeneration(0, blocks, "c" * 64, 1, "d" * 64),),
     )  # fmt: skip
     save_info(root / "corpus", info)
     names(
-        root / "corpus", parts, info.manifests, lambda part: {f"{part}.arrow": (300_000, "0" * 64)}
+        root / "corpus",
+        parts,
+        info.owners.of(0),
+        lambda part: {f"{part}.arrow": (300_000, "0" * 64)},
     )
     (root / "teacher").mkdir()
     (root / "teacher/config.json").write_text(json.dumps({"hidden_size": 8}))
@@ -101,8 +113,8 @@ def resuming(root: Path) -> None:
     """What preparing a corpus asks before it goes on: the listing and the last manifest."""
     info = load_info(root / "corpus")
     assert info is not None
-    done = manifest.done_parts(root / "corpus", info.manifests)
-    assert manifest.load(root / "corpus", int(done[-1]), info.manifests) is not None
+    done = manifest.done_parts(root / "corpus", info.owners)
+    assert manifest.load(root / "corpus", int(done[-1]), info.owners.of(0)) is not None
 
 
 STEPS = {step.__name__: step for step in (opening, planning, resuming)}

@@ -24,7 +24,7 @@ from stages.teacher_jobs import (
     stored,
 )
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, SourceRange, stored_bytes
+from storage.blocks import BlockReader, CorpusGeneration, CorpusInfo, SourceRange, stored_bytes
 from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, fingerprint
 from storage.reader import CacheReader
@@ -58,6 +58,7 @@ def job_of(lab: Lab, parts: int) -> Callable[[], TeacherJob]:
         identity={}, fingerprint=f"{parts:064x}", tokenizer="t", vocab_size=lab.vocab_size,
         block_length=32, blocks=blocks, blocks_per_part=2,
         sources=(SourceRange("x", "train", 0, blocks, blocks, blocks * 32),),
+        generations=(CorpusGeneration(0, blocks, f"{parts:064x}", 1, "i"),),
     )  # fmt: skip
     teachers = {"one": TeacherOptions(model=str(lab.root / "a"))}
     memo, store = HashMemo(lab.root / "memo.json"), StoreOptions(k=8)
@@ -142,13 +143,14 @@ def test_one_foreign_part_among_many_is_refused_with_both_sides(tmp_path: Path) 
     (tmp_path / "manifests").mkdir()
     for part in range(50):
         manifest.path_of(tmp_path, part, theirs if part == 33 else ours).touch()
+    owners = manifest.Owners((0,), (ours,))
     with pytest.raises(
         StaleCache, match=r"aaaaaaaaaaaa…\n\s+found:\s+fingerprint bbbbbbbbbbbb…"
     ) as e:
-        manifest.done_parts(tmp_path, ours)
+        manifest.done_parts(tmp_path, owners)
     assert "000033-bbbbbbbbbbbb.json" in str(e.value)
     manifest.path_of(tmp_path, 33, theirs).unlink()
-    assert np.array_equal(manifest.done_parts(tmp_path, ours), np.delete(np.arange(50), 33))
+    assert np.array_equal(manifest.done_parts(tmp_path, owners), np.delete(np.arange(50), 33))
 
 
 def test_log_is_read_from_its_end(tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.corpus_identity import begun, cut, require_appendable, require_corpus
+from stages.corpus_identity import require_appendable, require_corpus
 from stages.model_files import locate
 from stages.options import CorpusOptions
 from stages.packing import Packer
 from stages.progress import Progress
 from stages.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
-from storage import durable
+from storage.begun import begun, cut, write_begun
 from storage.blocks import CorpusInfo, save_info
-from storage.fingerprint import HashMemo, canonical_json, fingerprint
+from storage.fingerprint import HashMemo, fingerprint
 
 
 def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progress) -> CorpusInfo:
@@ -77,9 +77,7 @@ def _pack(
         options.tokenizer, options.tokenizer_revision, "corpus.tokenizer", weights=False
     )
     tokenizer = load_tokenizer(folder, "corpus.tokenizer")
-    durable.write_bytes(
-        root / "begun.json", canonical_json({"identity": identity, "generations": counts})
-    )
+    write_begun(root, identity, counts)
     plan = [(n, fingerprint(cut(identity, n))) for n in counts]
     packer = Packer(options, tokenizer, root, plan, progress)
     packer.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from stages.documents import source_identity
 from stages.model_files import locate, tokenizer_identity
 from stages.options import CorpusOptions
+from storage.begun import begun, cut
 from storage.blocks import FORMAT, CorpusInfo, load_info
 from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
@@ -35,22 +35,6 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
             for i, source in enumerate(options.sources)
         },
     }
-
-
-def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
-    """Returns the identity as it was with the first so many sources."""
-    kept = dict(sorted(identity["sources"].items())[:sources])
-    return {**identity, "sources": kept}
-
-
-def begun(root: Path) -> tuple[dict[str, Any] | None, list[int]]:
-    """Returns what begun.json says: the identity of a preparation that was begun at `root`, if one
-    was, and how many sources there are at the end of each of its generations."""
-    try:
-        body = json.loads((root / "begun.json").read_text())
-        return body["identity"], body["generations"]
-    except (OSError, ValueError, KeyError):
-        return None, []
 
 
 def require_corpus(

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import durable
-from storage.fingerprint import canonical_json
+from storage.begun import BEGUN, begun, cut, write_begun
 from storage.metadata import rewrite_metadata
-from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
+from storage.stores import CORPUS, INFO, Problem, Store
 from storage.tables import order_paths, restore
 from storage.verify import Report
 
@@ -44,8 +44,13 @@ def plan_repair(report: Report, clean: bool = False) -> list[Action]:
     store, actions = report.store, list[Action]()
     redo = sorted({p.part for p in report.problems if p.mend == "redo" and p.part is not None})
     if store.kind == CORPUS and redo and store.info is not None:
-        # Dropped, it would no longer tell what the other parts were made from.
-        actions.append(Action("write", BEGUN, "what the parts were made from"))
+        # Dropped, it would no longer tell what the other parts were made from. An append that is
+        # under way has said so already, and more.
+        identity, _ = begun(store.root)
+        if identity is None or cut(identity, len(store.info.identity["sources"])) != dict(
+            store.info.identity
+        ):
+            actions.append(Action("write", BEGUN, "what the parts were made from"))
         actions.append(Action("delete", INFO[CORPUS], "vouches for all parts"))
     for problem in report.problems:
         if problem.mend == "restore":
@@ -91,7 +96,7 @@ def _there(store: Store, path: str) -> bool:
 
 def _write(store: Store, path: str) -> None:
     if path == BEGUN and store.info is not None:
-        durable.write_bytes(store.root / BEGUN, canonical_json(store.info.identity))
+        write_begun(store.root, store.info.identity, [g.sources for g in store.info.generations])
     elif store.layout is not None and path in order_paths():
         restore(store.root, store.layout)
     elif store.layout is not None and store.orders is not None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from storage import manifest
+from storage.begun import BEGUN, begun, cut
 from storage.blocks import CorpusInfo, load_info, object_name
 from storage.errors import CorruptShard, ScholiastError
 from storage.fingerprint import canonical_json, fingerprint
@@ -24,7 +25,6 @@ from storage.writer import open_cache, owners
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
-BEGUN = "begun.json"
 MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
 
 Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
@@ -149,7 +149,7 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         bare = Store(root, CACHE)
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
-        return Store(root, CACHE, _sole(_first_owner(bare))), problems
+        return replace(bare, owners=_listed_owners(bare)), problems
     orders = _orders(root, opened[1], problems)
     store = Store(root, CACHE, owners(*opened), opened[1], None, orders)
     if orders is not None:
@@ -190,19 +190,14 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
-    owner = _first_owner(Store(root, CORPUS))
-    try:
-        begun = fingerprint(json.loads((root / BEGUN).read_bytes()))
-    except (OSError, ValueError):
-        begun = None
-    if begun is None or begun != (owner or begun):
+    bare = Store(root, CORPUS)
+    identity, counts = begun(root)
+    known = {fingerprint(cut(identity, n)) for n in counts} if identity else set[str]()
+    owners = _listed_owners(bare)
+    if not known or (owners and not known.issuperset(owners.fingerprints)):
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
-    return Store(root, CORPUS, _sole(owner or begun)), problems
-
-
-def _sole(owner: str | None) -> manifest.Owners | None:
-    return None if owner is None else manifest.Owners((0,), (owner,))
+    return replace(bare, owners=owners), problems
 
 
 def _mend_info(error: ScholiastError) -> Mend:
@@ -218,13 +213,26 @@ def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) ->
     return [Problem(part, name, "the file's bytes are not those that were written", mend)]
 
 
-def _first_owner(store: Store) -> str | None:
-    """Returns the fingerprint of the first manifest that can be read."""
-    for part in store.listed():
-        try:
-            found = store.load(part)
-        except ScholiastError:
-            continue
-        if found is not None:
-            return found.fingerprint
-    return None
+def _listed_owners(store: Store) -> manifest.Owners | None:
+    """Returns what the manifests themselves say they belong to; None if there are none.
+
+    Their names tell where a generation begins; its whole fingerprint stands in any of its manifests.
+    """
+    listed = manifest.listing(store.root)
+    if not len(listed):
+        return None
+    begins = [0, *(np.flatnonzero(listed.prefixes[1:] != listed.prefixes[:-1]) + 1).tolist()]
+    fingerprints = []
+    for first, end in zip(begins, [*begins[1:], len(listed)], strict=True):
+        prefix = listed.prefixes[first].decode()
+        whole = (_owner_of(store, int(part), prefix) for part in listed.parts[first:end])
+        fingerprints.append(next((found for found in whole if found), prefix))
+    return manifest.Owners((0, *listed.parts[begins[1:]].tolist()), tuple(fingerprints))
+
+
+def _owner_of(store: Store, part: int, prefix: str) -> str | None:
+    try:
+        found = manifest.read(manifest.path_of(store.root, part, prefix))
+    except ScholiastError:
+        return None
+    return found.fingerprint if found else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from stages.documents import source_identity
 from stages.model_files import locate, tokenizer_identity
 from stages.options import CorpusOptions
-from storage.blocks import FORMAT, CorpusInfo, load_info
+from storage.blocks import FORMAT, CorpusInfo, load_begun, load_info
 from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 
@@ -43,16 +42,6 @@ def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
     return {**identity, "sources": kept}
 
 
-def begun(root: Path) -> tuple[dict[str, Any] | None, list[int]]:
-    """Returns what begun.json says: the identity of a preparation that was begun at `root`, if one
-    was, and how many sources there are at the end of each of its generations."""
-    try:
-        body = json.loads((root / "begun.json").read_text())
-        return body["identity"], body["generations"]
-    except (OSError, ValueError, KeyError):
-        return None, []
-
-
 def require_corpus(
     options: CorpusOptions, root: Path, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
@@ -63,7 +52,8 @@ def require_corpus(
     """
     identity = corpus_identity(options, memo)
     info = load_info(root)
-    stands = info.identity if info is not None else begun(root)[0]
+    begun = load_begun(root)
+    stands = info.identity if info is not None else begun[0] if begun else None
     if stands is not None and fingerprint(stands) != fingerprint(identity):
         raise _other(identity, stands, root, grown=info is not None and _extends(identity, stands))
     return identity, info

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import durable
-from storage.fingerprint import canonical_json
+from storage.blocks import save_begun
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
 from storage.tables import order_paths, restore
@@ -91,7 +91,8 @@ def _there(store: Store, path: str) -> bool:
 
 def _write(store: Store, path: str) -> None:
     if path == BEGUN and store.info is not None:
-        durable.write_bytes(store.root / BEGUN, canonical_json(store.info.identity))
+        generations = [(g.sources, g.identity) for g in store.info.generations]
+        save_begun(store.root, store.info.identity, generations)
     elif store.layout is not None and path in order_paths():
         restore(store.root, store.layout)
     elif store.layout is not None and store.orders is not None:

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 
 from storage import manifest
-from storage.blocks import CorpusInfo, load_info, object_name
+from storage.blocks import CorpusInfo, load_begun, load_info, object_name
 from storage.errors import CorruptShard, ScholiastError
-from storage.fingerprint import canonical_json, fingerprint
+from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, order_names, shard_name
 from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
@@ -190,15 +190,26 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
-    owner = _first_owner(Store(root, CORPUS))
-    try:
-        begun = fingerprint(json.loads((root / BEGUN).read_bytes()))
-    except (OSError, ValueError):
-        begun = None
-    if begun is None or begun != (owner or begun):
+    first, begun = _first_owner(Store(root, CORPUS)), _begun_owners(root)
+    if begun is None or first not in (None, *begun.fingerprints):
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
-    return Store(root, CORPUS, _sole(owner or begun)), problems
+        begun = _sole(first)
+    return Store(root, CORPUS, begun), problems
+
+
+def _begun_owners(root: Path) -> manifest.Owners | None:
+    """Returns who owns the parts of a corpus that is not complete: a generation begins where its
+    first manifest stands."""
+    begun = load_begun(root)
+    if begun is None:
+        return None
+    listed, firsts = manifest.listing(root), [0]
+    for _, owner in begun[1][1:]:
+        mine = listed.parts[listed.prefixes == owner[: manifest.PREFIX].encode()]
+        if len(mine):
+            firsts.append(int(mine[0]))
+    return manifest.Owners(tuple(firsts), tuple(owner for _, owner in begun[1][: len(firsts)]))
 
 
 def _sole(owner: str | None) -> manifest.Owners | None:

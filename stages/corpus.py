@@ -15,14 +15,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.corpus_identity import require_appendable, require_corpus
+from stages.corpus_identity import cut, require_appendable, require_corpus
 from stages.model_files import locate
 from stages.options import CorpusOptions
 from stages.packing import Packer
 from stages.progress import Progress
 from stages.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
-from storage.begun import begun, cut, write_begun
-from storage.blocks import CorpusInfo, save_info
+from storage.blocks import CorpusInfo, load_begun, save_begun, save_info
 from storage.fingerprint import HashMemo, fingerprint
 
 
@@ -43,7 +42,8 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
     if info is not None:
         return info
     # Where corpus.json was lost, what had been appended is cut as it was.
-    counts = begun(root)[1] or [len(options.sources)]
+    begun = load_begun(root)
+    counts = [n for n, _ in begun[1]] if begun else [len(options.sources)]
     return _pack(options, root, identity, counts, progress)
 
 
@@ -77,8 +77,8 @@ def _pack(
         options.tokenizer, options.tokenizer_revision, "corpus.tokenizer", weights=False
     )
     tokenizer = load_tokenizer(folder, "corpus.tokenizer")
-    write_begun(root, identity, counts)
     plan = [(n, fingerprint(cut(identity, n))) for n in counts]
+    save_begun(root, identity, plan)
     packer = Packer(options, tokenizer, root, plan, progress)
     packer.run()
     info = CorpusInfo(

@@ -9,8 +9,7 @@ from typing import Any
 from stages.documents import source_identity
 from stages.model_files import locate, tokenizer_identity
 from stages.options import CorpusOptions
-from storage.begun import begun, cut
-from storage.blocks import FORMAT, CorpusInfo, load_info
+from storage.blocks import FORMAT, CorpusInfo, load_begun, load_info
 from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 
@@ -37,6 +36,12 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
     }
 
 
+def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
+    """Returns the identity as it was with the first so many sources."""
+    kept = dict(sorted(identity["sources"].items())[:sources])
+    return {**identity, "sources": kept}
+
+
 def require_corpus(
     options: CorpusOptions, root: Path, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
@@ -47,7 +52,8 @@ def require_corpus(
     """
     identity = corpus_identity(options, memo)
     info = load_info(root)
-    stands = info.identity if info is not None else begun(root)[0]
+    begun = load_begun(root)
+    stands = info.identity if info is not None else begun[0] if begun else None
     if stands is not None and fingerprint(stands) != fingerprint(identity):
         raise _other(identity, stands, root, grown=info is not None and _extends(identity, stands))
     return identity, info

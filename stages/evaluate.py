@@ -15,7 +15,7 @@ import torch
 
 from stages.batches import BatchReader
 from stages.student import DistilledStudent
-from storage.types import Float32, Int64
+from storage.types import Int64
 
 OVERALL = "overall"
 

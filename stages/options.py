@@ -117,7 +117,6 @@ class StoreOptions(Options):
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
 
-
     @property
     def entries(self) -> int:
         """K: what was asked for, or the preset's."""

@@ -179,6 +179,30 @@ def write_part(
     )  # fmt: skip
 
 
+def save_begun(
+    root: Path, identity: dict[str, Any], generations: Sequence[tuple[int, str]]
+) -> None:
+    """Says what is being prepared, before the first part is.
+
+    Args:
+        generations: of each, how many sources there are at its end, and the fingerprint of the
+            identity with these.
+    """
+    body = {"identity": identity, "generations": generations}
+    durable.write_bytes(root / "begun.json", canonical_json(body))
+
+
+def load_begun(root: Path) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
+    """Returns (identity, generations) of what was begun at `root`, None if that cannot be told."""
+    try:
+        body = json.loads((root / "begun.json").read_bytes())
+        generations = [(int(n), str(owner)) for n, owner in body["generations"]]
+        whole = generations[-1][1] == fingerprint(body["identity"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return (body["identity"], generations) if whole else None
+
+
 def save_info(root: Path, info: CorpusInfo) -> None:
     """Commits the whole corpus."""
     body = {"format": FORMAT, **asdict(info)}

@@ -130,9 +130,7 @@ class Layout:
         """Returns every array that has a row a block, by name."""
         logprobs, statistic = self.codecs.logprobs.dtype, self.codecs.statistics.dtype
         specs = {
-            "head_ids": self._per_token(
-                self.rank_dtype, ("entry", self.k), _chunk_entries(self.k)
-            ),
+            "head_ids": self._per_token(self.rank_dtype, ("entry", self.k), _chunk_entries(self.k)),
             "head_logprobs": self._per_token(logprobs, ("entry", self.k)),
             "id_class": self._per_token("uint16"),
         }
@@ -166,7 +164,10 @@ class Layout:
             return self._spec(dtype, (self.block_length,), ("token",))
         name, count = first
         return self._spec(
-            dtype, (count, self.block_length), (name, "token"), (entries or count, self.block_length)
+            dtype,
+            (count, self.block_length),
+            (name, "token"),
+            (entries or count, self.block_length),
         )
 
     def _spec(

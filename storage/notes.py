@@ -21,9 +21,9 @@ from storage.types import (
     LOG_ZERO,
     AnyArray,
     Bool,
+    HostNotes,
     Int32,
     Int64,
-    HostNotes,
     SparseLogits,
     TailDraws,
     TokenStats,
@@ -60,9 +60,7 @@ def encode_rows(
         _put(out["log_z"], scored, statistics.encode(np.abs(notes.log_z)))
 
 
-def _sorted_pairs(
-    ranks: AnyArray, values: AnyArray, orders: IdOrders
-) -> tuple[AnyArray, AnyArray]:
+def _sorted_pairs(ranks: AnyArray, values: AnyArray, orders: IdOrders) -> tuple[AnyArray, AnyArray]:
     """Returns ranks ascending [R, K] and the values that belong to them.
 
     16-bit values travel with their rank through one sort of integers, several times quicker than an

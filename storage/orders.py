@@ -23,7 +23,9 @@ from storage.types import AnyArray, Int32, Int64
 MAX_CLASSES, NEAR = 32, 1024
 TOKENS_A_CLASS = 256
 """Rows that a class should have to learn from; fewer rows make fewer classes."""
-_TABLE = 1 << 23  # entries of a whole table of ranks or ids (32 MB), beyond which there are fewer classes
+_TABLE = (
+    1 << 23
+)  # entries of a whole table of ranks or ids (32 MB), beyond which there are fewer classes
 _ROUNDS = 7
 _SMOOTHING = 200.0  # ids of the common distribution added to each class's counts
 _SAMPLED = 16  # most probable ids of a row that choose its class while learning

@@ -12,10 +12,9 @@ from typing import Literal
 import numpy as np
 
 from storage import manifest
-from storage.begun import BEGUN, begun, cut
-from storage.blocks import CorpusInfo, load_info, object_name
+from storage.blocks import CorpusInfo, load_begun, load_info, object_name
 from storage.errors import CorruptShard, ScholiastError
-from storage.fingerprint import canonical_json, fingerprint
+from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, order_names, shard_name
 from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
@@ -25,6 +24,7 @@ from storage.writer import open_cache, owners
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
+BEGUN = "begun.json"
 MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
 
 Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
@@ -149,7 +149,7 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         bare = Store(root, CACHE)
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
-        return replace(bare, owners=_listed_owners(bare)), problems
+        return Store(root, CACHE, _listed_owners(root)), problems
     orders = _orders(root, opened[1], problems)
     store = Store(root, CACHE, owners(*opened), opened[1], None, orders)
     if orders is not None:
@@ -190,14 +190,12 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
-    bare = Store(root, CORPUS)
-    identity, counts = begun(root)
-    known = {fingerprint(cut(identity, n)) for n in counts} if identity else set[str]()
-    owners = _listed_owners(bare)
+    begun, owners = load_begun(root), _listed_owners(root)
+    known = {owner for _, owner in begun[1]} if begun else set[str]()
     if not known or (owners and not known.issuperset(owners.fingerprints)):
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
-    return replace(bare, owners=owners), problems
+    return Store(root, CORPUS, owners), problems
 
 
 def _mend_info(error: ScholiastError) -> Mend:
@@ -213,26 +211,26 @@ def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) ->
     return [Problem(part, name, "the file's bytes are not those that were written", mend)]
 
 
-def _listed_owners(store: Store) -> manifest.Owners | None:
+def _listed_owners(root: Path) -> manifest.Owners | None:
     """Returns what the manifests themselves say they belong to; None if there are none.
 
     Their names tell where a generation begins; its whole fingerprint stands in any of its manifests.
     """
-    listed = manifest.listing(store.root)
+    listed = manifest.listing(root)
     if not len(listed):
         return None
     begins = [0, *(np.flatnonzero(listed.prefixes[1:] != listed.prefixes[:-1]) + 1).tolist()]
     fingerprints = []
     for first, end in zip(begins, [*begins[1:], len(listed)], strict=True):
         prefix = listed.prefixes[first].decode()
-        whole = (_owner_of(store, int(part), prefix) for part in listed.parts[first:end])
+        whole = (_owner_of(root, int(part), prefix) for part in listed.parts[first:end])
         fingerprints.append(next((found for found in whole if found), prefix))
     return manifest.Owners((0, *listed.parts[begins[1:]].tolist()), tuple(fingerprints))
 
 
-def _owner_of(store: Store, part: int, prefix: str) -> str | None:
+def _owner_of(root: Path, part: int, prefix: str) -> str | None:
     try:
-        found = manifest.read(manifest.path_of(store.root, part, prefix))
+        found = manifest.read(manifest.path_of(root, part, prefix))
     except ScholiastError:
         return None
     return found.fingerprint if found else None

@@ -53,7 +53,9 @@ def load_orders(root: Path, layout: Layout, spare: bool = False) -> IdOrders:
     depth = min(NEAR, layout.vocab_size)
     if near.size % depth or max(near.max(), far.max()) >= layout.vocab_size:
         raise _corrupt(root / names[0], "the orders of ids do not fit the vocabulary")
-    return IdOrders(near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size)
+    return IdOrders(
+        near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size
+    )
 
 
 def digest(orders: IdOrders) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from storage import manifest
-from storage.begun import BEGUN
 from storage.blocks import BlockReader
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
@@ -29,6 +28,7 @@ from storage.manifest import Manifest
 from storage.metadata import LEVELS
 from storage.reader import CacheReader
 from storage.stores import (
+    BEGUN,
     CACHE,
     CORPUS,
     INFO,

@@ -205,7 +205,7 @@ def _require_layout(root: Path, layout: Layout) -> bool:
             "the cache's arrays were made for something else", where=root / GROUP, expected=a,
             found=b, todo="name another cache_dir, or delete this folder to cache the teacher again",
         )  # fmt: skip
-    return stored != known[-1]
+    return bool(stored != known[-1])
 
 
 def _grow_group(root: Path, layout: Layout, orders: IdOrders) -> None:

@@ -38,8 +38,9 @@ from storage.blocks import (
 )
 from storage.fingerprint import HashMemo, fingerprint
 from storage.layout import shard_name
+from storage.orders import learn_orders
 from storage.reader import CacheReader
-from storage.writer import save_info as save_cache_info
+from storage.writer import CacheWriter
 
 BLOCKS_PER_PART, BLOCK_LENGTH = 64, 1024
 LIMITS = {"seconds": 10.0, "bytes": 10**9}
@@ -68,7 +69,8 @@ def build(root: Path, parts: int) -> None:
     shapes = {name: len(spec.shape) for name, spec in job.layout.arrays().items()}
     objects = {shard_name(name, 0, n): (10**6, "0" * 64) for name, n in shapes.items()}
     names(job.root, parts, fingerprint(job.identity), lambda part: objects)
-    save_cache_info(job.root, job.identity, job.layout)
+    orders = learn_orders(np.zeros((0, job.layout.k), np.int64), job.layout.vocab_size)
+    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
     row = {"part": 0, "tokens": 65536, "seconds": 9.5, "peak_bytes": 10**9, "device": "cpu"}
     append_log(job.root, row)
     log_path(job.root).write_text(log_path(job.root).read_text() * parts)

@@ -19,8 +19,8 @@ from storage.layout import GROUP, Layout, order_names
 from storage.notes import encode_rows
 from storage.orders import IdOrders, learn_orders
 from storage.reader import CacheReader
-from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
 from storage.tables import restore
+from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
 from storage.writer import CacheWriter
 
 LAYOUT = Layout(

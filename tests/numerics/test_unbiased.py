@@ -25,7 +25,9 @@ def notes_of_many_seeds() -> RowNotes:
                for seed in range(RUNS)]  # fmt: skip
     logits = teacher_logits().expand(RUNS, V).clone()
     rule = NoteRule(K, (2.0,), 1.0, S)
-    return annotate_logits(logits, torch.zeros(RUNS, dtype=torch.int64), rule, torch.tensor(uniform))
+    return annotate_logits(
+        logits, torch.zeros(RUNS, dtype=torch.int64), rule, torch.tensor(uniform)
+    )
 
 
 def biased(notes: RowNotes, how: str) -> tuple[Tensor, Tensor]:

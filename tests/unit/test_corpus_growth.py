@@ -18,9 +18,11 @@ from stages.corpus import append, prepare
 from stages.options import CorpusOptions, SourceOptions
 from stages.progress import Silent
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, load_info
+from storage.blocks import BlockReader, CorpusInfo, load_info, object_name
 from storage.errors import CorpusError, IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo
+from storage.repair import repair
+from storage.verify import verify
 
 Do = Callable[..., CorpusInfo]
 
@@ -175,6 +177,35 @@ def test_lost_files_are_made_again_the_same(lab: Lab, lost: int | None) -> None:
         manifest.path_of(root, part, info.owners.of(part)).unlink()
     assert do(prepare, lab, options(lab, "xy")) == info
     assert files(root) == kept
+
+
+@pytest.mark.parametrize("part", [0, -1])
+def test_repaired_parts_of_a_grown_corpus_are_the_same(lab: Lab, part: int) -> None:
+    do(prepare, lab, options(lab, "x"))
+    info = do(append, lab, options(lab, "xy"))
+    root = lab.root / "corpus"
+    assert verify(root).sound
+    kept, path = files(root), root / object_name(range(info.parts)[part])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    repair(verify(root))
+    unfinished = verify(root)
+    assert unfinished.sound and not unfinished.complete, unfinished.problems
+    assert do(prepare, lab, options(lab, "xy")) == info
+    assert files(root) == kept and verify(root).sound
+
+
+def test_altered_begun_json_is_not_trusted(lab: Lab) -> None:
+    do(prepare, lab, options(lab, "x"))
+    do(append, lab, options(lab, "xy"))
+    (lab.root / "corpus/corpus.json").unlink()
+    path = lab.root / "corpus/begun.json"
+    assert verify(lab.root / "corpus").sound
+    path.write_bytes(path.read_bytes().replace(b'"block_length":16', b'"block_length":17'))
+    assert [p.path for p in verify(lab.root / "corpus").problems if p.part is None] == [
+        "begun.json"
+    ]
 
 
 def test_fingerprint_is_of_content_alone(lab: Lab) -> None:

@@ -58,7 +58,10 @@ def test_owner_of_a_part_is_its_generations() -> None:
 
 
 def test_layout_knows_what_it_was_before() -> None:
-    first = Layout(7, 3, 8, 100, 4, "exact", (2.0,), (), 1, 0)
+    first = Layout(
+        blocks=7, blocks_per_part=3, block_length=8, vocab_size=100, preset="exact", k=4,
+        temperatures=(2.0,), feature_layers=(), segments=1, hidden_size=0,
+    )  # fmt: skip
     grown = replace(first, blocks=12, generations=(Generation(0, 7, "a"), Generation(3, 5, "b")))
     assert grown.until(1) == first and grown.until(2) == grown
     assert Layout.from_dict(grown.to_dict()) == grown

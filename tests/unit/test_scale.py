@@ -27,8 +27,9 @@ from storage import manifest
 from storage.blocks import BlockReader, CorpusGeneration, CorpusInfo, SourceRange, stored_bytes
 from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, fingerprint
+from storage.orders import learn_orders
 from storage.reader import CacheReader
-from storage.writer import save_info
+from storage.writer import CacheWriter
 
 _heard: list[list[str]] = []
 
@@ -70,7 +71,8 @@ def job_of(lab: Lab, parts: int) -> Callable[[], TeacherJob]:
         objects = {"notes.zarr/entropy/c/0/0": (10 * (last - first), "0" * 64)}
         owner = fingerprint(job.identity)
         manifest.save(job.root, manifest.Manifest(owner, part, first, last - first, objects))
-    save_info(job.root, job.identity, job.layout)
+    orders = learn_orders(np.zeros((0, 8), np.int64), lab.vocab_size)
+    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
     return lambda: plan_jobs(teachers, store, info, folder, memo)[0]
 
 
@@ -89,7 +91,8 @@ def test_planning_opens_as_much_for_many_parts_as_for_few(
                 for call in (plan, lambda: stored(job), lambda: CacheReader(job.root))  # noqa: B023
             ]
         )
-    assert counts[0] == counts[1] == [1, 10, 1]
+    # cache.json; the sampled manifests; cache.json and the two orders of ids
+    assert counts[0] == counts[1] == [1, 10, 3]
 
 
 def test_sizes_from_a_sample_are_scaled_by_blocks(

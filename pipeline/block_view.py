@@ -92,11 +92,13 @@ class BlockView:
             ConfigError: no such block or rows.
             IncompleteCache, MissingShard, CorruptShard
         """
-        blocks = min(cache.layout.blocks for cache in self._caches.values())
+        for cache in self._caches.values():
+            try:
+                cache.layout.part_of(block)
+            except IndexError as error:  # beyond the end, or between two generations
+                raise ConfigError("no such block", where="--block", expected=str(error), found=block,
+                                  todo="choose another") from None  # fmt: skip
         length = self.block_length
-        if not 0 <= block < blocks:
-            raise ConfigError("no such block", where="--block", expected=f"0 to {blocks - 1}",
-                              found=block, todo="choose one of them")  # fmt: skip
         if not 0 <= first < last <= length:
             raise ConfigError("no such rows", where="--rows", expected=f"A:B within 0:{length}",
                               found=f"{first}:{last}", todo="choose some of them")  # fmt: skip

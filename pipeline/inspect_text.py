@@ -141,7 +141,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _cut(facts: dict[str, Any]) -> dict[str, Any]:
     """What the layout states beyond the identity: how the arrays are cut."""
     named = {key.rsplit(".", 1)[-1] for key in _flat(facts["identity"])}
-    return {f"layout.{k}": v for k, v in facts["layout"].items() if k not in named}
+    layout = {**facts["layout"], "generations": len(facts["layout"].get("generations", ())) or 1}
+    return {f"layout.{k}": v for k, v in layout.items() if k not in named}
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ from stages.model_files import (
 from stages.options import StoreOptions, TeacherOptions
 from storage import manifest
 from storage.blocks import CorpusInfo
+from storage.durable import disk_errors
 from storage.errors import ConfigError, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
@@ -214,12 +215,17 @@ def log_path(root: Path) -> Path:
 
 
 def append_log(root: Path, row: Mapping[str, Any]) -> None:
-    """Appends one measurement; a single write, so that concurrent tasks do not mix lines."""
-    fd = os.open(log_path(root), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(fd, (json.dumps(row) + "\n").encode())
-    finally:
-        os.close(fd)
+    """Appends one measurement; a single write, so that concurrent tasks do not mix lines.
+
+    Raises:
+        DiskFull
+    """
+    with disk_errors(log_path(root)):
+        fd = os.open(log_path(root), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(fd, (json.dumps(row) + "\n").encode())
+        finally:
+            os.close(fd)
 
 
 def read_log(root: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import durable
-from storage.blocks import save_begun
+from storage.blocks import CorpusInfo, load_begun, save_begun
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
 from storage.tables import order_paths, restore
@@ -44,8 +44,11 @@ def plan_repair(report: Report, clean: bool = False) -> list[Action]:
     store, actions = report.store, list[Action]()
     redo = sorted({p.part for p in report.problems if p.mend == "redo" and p.part is not None})
     if store.kind == CORPUS and redo and store.info is not None:
-        # Dropped, it would no longer tell what the other parts were made from.
-        actions.append(Action("write", BEGUN, "what the parts were made from"))
+        # Dropped, it would no longer tell what the other parts were made from. An append that is
+        # under way has said so already, and more.
+        begun, own = load_begun(store.root), _generations(store.info)
+        if begun is None or begun[1][: len(own)] != own:
+            actions.append(Action("write", BEGUN, "what the parts were made from"))
         actions.append(Action("delete", INFO[CORPUS], "vouches for all parts"))
     for problem in report.problems:
         if problem.mend == "restore":
@@ -91,12 +94,15 @@ def _there(store: Store, path: str) -> bool:
 
 def _write(store: Store, path: str) -> None:
     if path == BEGUN and store.info is not None:
-        generations = [(g.sources, g.identity) for g in store.info.generations]
-        save_begun(store.root, store.info.identity, generations)
+        save_begun(store.root, store.info.identity, _generations(store.info))
     elif store.layout is not None and path in order_paths():
         restore(store.root, store.layout)
     elif store.layout is not None and store.orders is not None:
         rewrite_metadata(store.root, store.layout, store.orders, path)
+
+
+def _generations(info: CorpusInfo) -> list[tuple[int, str]]:
+    return [(generation.sources, generation.identity) for generation in info.generations]
 
 
 def _delete(path: Path) -> None:

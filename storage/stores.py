@@ -149,7 +149,7 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         bare = Store(root, CACHE)
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
-        return Store(root, CACHE, _sole(_first_owner(bare))), problems
+        return Store(root, CACHE, _listed_owners(root)), problems
     orders = _orders(root, opened[1], problems)
     store = Store(root, CACHE, owners(*opened), opened[1], None, orders)
     if orders is not None:
@@ -190,30 +190,12 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
-    first, begun = _first_owner(Store(root, CORPUS)), _begun_owners(root)
-    if begun is None or first not in (None, *begun.fingerprints):
+    begun, owners = load_begun(root), _listed_owners(root)
+    known = {owner for _, owner in begun[1]} if begun else set[str]()
+    if not known or (owners and not known.issuperset(owners.fingerprints)):
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
-        begun = _sole(first)
-    return Store(root, CORPUS, begun), problems
-
-
-def _begun_owners(root: Path) -> manifest.Owners | None:
-    """Returns who owns the parts of a corpus that is not complete: a generation begins where its
-    first manifest stands."""
-    begun = load_begun(root)
-    if begun is None:
-        return None
-    listed, firsts = manifest.listing(root), [0]
-    for _, owner in begun[1][1:]:
-        mine = listed.parts[listed.prefixes == owner[: manifest.PREFIX].encode()]
-        if len(mine):
-            firsts.append(int(mine[0]))
-    return manifest.Owners(tuple(firsts), tuple(owner for _, owner in begun[1][: len(firsts)]))
-
-
-def _sole(owner: str | None) -> manifest.Owners | None:
-    return None if owner is None else manifest.Owners((0,), (owner,))
+    return Store(root, CORPUS, owners), problems
 
 
 def _mend_info(error: ScholiastError) -> Mend:
@@ -229,13 +211,26 @@ def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) ->
     return [Problem(part, name, "the file's bytes are not those that were written", mend)]
 
 
-def _first_owner(store: Store) -> str | None:
-    """Returns the fingerprint of the first manifest that can be read."""
-    for part in store.listed():
-        try:
-            found = store.load(part)
-        except ScholiastError:
-            continue
-        if found is not None:
-            return found.fingerprint
-    return None
+def _listed_owners(root: Path) -> manifest.Owners | None:
+    """Returns what the manifests themselves say they belong to; None if there are none.
+
+    Their names tell where a generation begins; its whole fingerprint stands in any of its manifests.
+    """
+    listed = manifest.listing(root)
+    if not len(listed):
+        return None
+    begins = [0, *(np.flatnonzero(listed.prefixes[1:] != listed.prefixes[:-1]) + 1).tolist()]
+    fingerprints = []
+    for first, end in zip(begins, [*begins[1:], len(listed)], strict=True):
+        prefix = listed.prefixes[first].decode()
+        whole = (_owner_of(root, int(part), prefix) for part in listed.parts[first:end])
+        fingerprints.append(next((found for found in whole if found), prefix))
+    return manifest.Owners((0, *listed.parts[begins[1:]].tolist()), tuple(fingerprints))
+
+
+def _owner_of(root: Path, part: int, prefix: str) -> str | None:
+    try:
+        found = manifest.read(manifest.path_of(root, part, prefix))
+    except ScholiastError:
+        return None
+    return found.fingerprint if found else None

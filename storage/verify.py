@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from storage import manifest
 from storage.blocks import BlockReader
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
 from storage.layout import GROUP
 from storage.manifest import Manifest
+from storage.metadata import LEVELS
 from storage.reader import CacheReader
 from storage.stores import (
     BEGUN,
@@ -52,7 +54,7 @@ class Leftover:
     Attributes:
         path: relative to the root.
         bytes: its size.
-        ours: whether its name is one that a stopped writer leaves.
+        ours: whether it is what a stopped writer leaves: temporary, or of a part without manifest.
     """
 
     path: str
@@ -212,7 +214,11 @@ def _decode_corpus(store: Store, part: int) -> Problem | None:
 def _leftovers(store: Store, parts: set[int]) -> Iterator[Leftover]:
     known = {INFO[store.kind], *_OTHERS[store.kind], *store.metadata()}
     if store.kind == CACHE:
-        known |= set(order_paths())
+        known |= {LEVELS, *order_paths()}
+    # A part beyond corpus.json's belongs to an append that is under way; without cache.json nothing
+    # can be told.
+    kept = {*manifest.listing(store.root).parts.tolist()}
+    told = store.kind == CORPUS or store.layout is not None
     for path in _names_below(store.root):
         named = _OBJECT.fullmatch(path)
         part = int(named[1] or named[3]) if named else -1
@@ -223,7 +229,7 @@ def _leftovers(store: Store, parts: set[int]) -> Iterator[Leftover]:
             continue
         if store.layout is None and store.kind == CACHE and path.endswith("/zarr.json"):
             continue  # cannot be told without cache.json
-        ours = bool(named or _TEMPORARY.search(path))
+        ours = bool(_TEMPORARY.search(path)) or (named is not None and told and part not in kept)
         yield Leftover(path, (store.root / path).lstat().st_size, ours)
 
 

@@ -209,6 +209,65 @@ def test_hole_in_the_corpus_is_filled(made: Lab, run: Path, cli: Cli) -> None:
     assert digests(run) == before
 
 
+def grown(lab: Lab, run: Path) -> Path:
+    """The configuration with a source more."""
+    more = {"domain": "z", "format": "jsonl", "path": f"{lab.root}/y.jsonl"}
+    sources = [*lab.config["corpus"]["sources"], more]
+    return lab.write("grown.yaml", run_dir=str(run), corpus__sources=sources)
+
+
+def test_grown_corpus_and_caches_are_verified_and_mended(made: Lab, run: Path, cli: Cli) -> None:
+    """Parts of two generations belong to two identities; both are as sound, and mended alike."""
+    config = grown(made, run)
+    assert cli("append", config).exit_code == 0
+    before, stores = digests(run), find_stores(run)
+    reports = {name: verify(root, deep=True) for name, root in stores.items()}
+    assert all(report.sound and report.complete for report in reports.values())
+    assert not any(report.leftovers for report in reports.values())
+    for name, root in stores.items():
+        store = reports[name].store
+        assert store.owners is not None and len(store.owners.fingerprints) == 2
+        for part in (0, store.owners.first_parts[1]):
+            flip(shards_of(root, part)[0])
+        assert [p.part for p in verify(root).problems] == [0, store.owners.first_parts[1]]
+    assert cli("repair", config).exit_code == 0
+    assert all(verify(root).sound for root in stores.values())
+    assert cli("cache-teachers", config).exit_code == 0
+    assert digests(run) == before
+
+
+def test_lost_corpus_json_of_a_grown_corpus(made: Lab, run: Path, cli: Cli) -> None:
+    """begun.json says how it had grown, and is checked against the parts."""
+    config, root = grown(made, run), run / "corpus"
+    assert cli("append", config).exit_code == 0
+    before = digests(run)
+    (root / "corpus.json").unlink()
+    report = verify(root)
+    assert report.sound and not report.complete
+    begun = (root / "begun.json").read_bytes()
+    for damaged in (b"", begun[:-9], begun.replace(b'"domain":"z"', b'"domain":"x"')):
+        (root / "begun.json").write_bytes(damaged)
+        assert [(p.path, p.part) for p in verify(root).problems] == [("begun.json", None)]
+    (root / "begun.json").write_bytes(begun)
+    assert cli("prepare", config).exit_code == 0
+    assert digests(run) == before
+
+
+def test_append_under_way_is_not_left_over(made: Lab, run: Path, cli: Cli) -> None:
+    """Parts beyond corpus.json's have manifests: a killed append goes on from them."""
+    config, root = grown(made, run), run / "corpus"
+    old = (root / "corpus.json").read_bytes()
+    assert cli("append", config).exit_code == 0
+    before, parts = digests(run), verify(root).checked
+    (root / "corpus.json").write_bytes(old)  # as if killed before the last step
+    report = verify(root)
+    assert report.sound and report.complete and report.checked < parts
+    assert report.leftovers and not any(leftover.ours for leftover in report.leftovers)
+    repair(report, clean=True)
+    assert cli("append", config).exit_code == 0
+    assert digests(run) == before
+
+
 def test_lost_identity_keeps_the_parts(made: Lab, run: Path, cli: Cli) -> None:
     """A damaged cache.json is dropped, and written again by the next run."""
     before = digests(run)

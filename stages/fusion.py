@@ -21,7 +21,7 @@ from torch import Tensor
 from stages.options import FusionOptions
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
-from storage.types import LOG_ZERO, Bool, TeacherNotes
+from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,26 @@ class FusedTarget:
             self.ids[:, start:stop], self.logp[:, start:stop], self.p[:, start:stop],
             self.tail[:, start:stop], self.weights[:, start:stop], self.vocab_size, self.temperature,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NoteRows:
+    """One teacher's notes on R rows, on any device: what fusion needs of them.
+
+    Attributes:
+        ids, logprobs: [R, K], int64 and float32, the head.
+        entropy, log_tail: float32 [R].
+        log_z: float32 [R, Z].
+        draw_ids, draw_logprobs: [R, S], int64 and float32; None where there are none.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    log_tail: Tensor
+    log_z: Tensor
+    draw_ids: Tensor | None = None
+    draw_logprobs: Tensor | None = None
 
 
 def temper(
@@ -114,19 +134,37 @@ def spread_tail(
     return logp, logp.exp()
 
 
+def rows_of(note: TeacherNotes, scored: Bool) -> NoteRows:
+    """Returns the notes on the scored rows of some blocks, on the CPU.
+
+    Args:
+        scored: bool [N, T].
+    """
+
+    def rows(values: AnyArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values[scored]))
+
+    draws = note.draws
+    return NoteRows(
+        ids=rows(note.head.ids).long(), logprobs=rows(note.head.logprobs),
+        entropy=rows(note.stats.entropy), log_tail=rows(note.stats.log_tail_mass),
+        log_z=rows(note.stats.log_z),
+        draw_ids=None if draws is None else rows(draws.ids).long(),
+        draw_logprobs=None if draws is None or draws.logprobs is None else rows(draws.logprobs),
+    )  # fmt: skip
+
+
 def fuse(
-    notes: Mapping[str, TeacherNotes],
-    scored: Bool,
+    notes: Mapping[str, NoteRows],
     grid: tuple[float, ...],
     vocab_size: int,
     temperature: float,
     options: FusionOptions,
 ) -> FusedTarget:
-    """Returns the fused target of the scored rows of some blocks, on the CPU.
+    """Returns the fused target of some rows, on the device of the notes.
 
     Args:
-        notes: teacher → notes on the same blocks.
-        scored: bool [B, T].
+        notes: teacher → notes on the same rows.
         grid: temperatures whose log_z the caches hold.
         vocab_size: V.
         temperature: wanted.
@@ -135,32 +173,25 @@ def fuse(
         ConfigError: the caches cannot serve this temperature, or the weights are unusable.
     """
     column = temperature_column(temperature, grid)
-    pieces = [_target(note, scored, column, temperature) for note in notes.values()]
-    entropy = np.stack([note.stats.entropy[scored] for note in notes.values()])
-    weights = WEIGHTINGS[options.weights](torch.from_numpy(entropy), list(notes), options)
+    pieces = [_target(note, column, temperature) for note in notes.values()]
+    entropy = torch.stack([note.entropy for note in notes.values()])
+    weights = WEIGHTINGS[options.weights](entropy, list(notes), options)
     ids, logp, p, tail = (torch.stack(parts) for parts in zip(*pieces, strict=True))
     return FusedTarget(ids, logp, p, tail, weights.contiguous(), vocab_size, temperature)
 
 
 def _target(
-    note: TeacherNotes, scored: Bool, column: int | None, temperature: float
+    note: NoteRows, column: int | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns one teacher's (ids, logp, p, tail) of the scored rows."""
-    log_z = None if column is None else torch.from_numpy(note.stats.log_z[scored][:, column])
-    log_tail = torch.from_numpy(note.stats.log_tail_mass[scored])
-    ids = torch.from_numpy(note.head.ids[scored]).long()
-    logp, p, tail = temper(
-        torch.from_numpy(note.head.logprobs[scored]), log_tail, log_z, temperature
-    )
-    if note.draws is None:
-        return ids, logp, p, tail
-    drawn = torch.from_numpy(note.draws.ids[scored]).long()
-    logprobs = note.draws.logprobs
-    own = None if logprobs is None else torch.from_numpy(logprobs[scored])
-    more = spread_tail(drawn, own, log_tail, log_z, temperature)
+    """Returns one teacher's (ids, logp, p, tail)."""
+    log_z = None if column is None else note.log_z[:, column]
+    logp, p, tail = temper(note.logprobs, note.log_tail, log_z, temperature)
+    if note.draw_ids is None:
+        return note.ids, logp, p, tail
+    more = spread_tail(note.draw_ids, note.draw_logprobs, note.log_tail, log_z, temperature)
     return (
-        torch.cat([ids, drawn], -1), torch.cat([logp, more[0]], -1), torch.cat([p, more[1]], -1),
-        torch.zeros_like(tail),
+        torch.cat([note.ids, note.draw_ids], -1), torch.cat([logp, more[0]], -1),
+        torch.cat([p, more[1]], -1), torch.zeros_like(tail),
     )  # fmt: skip
 
 

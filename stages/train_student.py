@@ -157,7 +157,7 @@ class Trainer:
             self._log({"step": 0, "heldout": self._evaluate()})
         while self.step < run.steps:
             batches, position = next(stream)
-            row = self._optimize([batch.to(self.device) for batch in batches])
+            row = self._optimize([self.reader.ready(batch, self.device) for batch in batches])
             self.step, self.position = self.step + 1, position
             self.tokens += row["rows"]
             self.seconds = before + usage.seconds

@@ -47,6 +47,7 @@ class CacheReader:
     Attributes:
         identity, layout: of the cache.
         k, layers: what `read` gives.
+        orders: of the cache's ids.
 
     Raises (on construction):
         IncompleteCache: no cache.
@@ -75,8 +76,9 @@ class CacheReader:
         self.k, self.layers = _wanted(root, self.layout, k, layers)
         unwanted = {f"feature_{n}" for n in self.layout.feature_layers if n not in self.layers}
         self._wanted = [name for name in self._specs if name not in unwanted]
-        orders = load_orders(root, self.layout)
-        self._decoder, self._orders = NotesDecoder(self.layout, orders), digest(orders)
+        self.orders = load_orders(root, self.layout)
+        self._decoder = NotesDecoder(self.layout, self.orders)
+        self._orders = digest(self.orders)
         self._vouched: set[int] = set()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from stages.annotate import NoteRule, annotate_logits
-from stages.fusion import fuse, spread_tail, temper, temperature_column
+from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
 from stages.options import FusionOptions
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
 
 V, K = 50, 6
+ALL = np.ones((1, 9), bool)
 
 
 def logits(seed: int, rows: int = 9) -> torch.Tensor:
@@ -66,10 +67,8 @@ def test_static_weights_must_name_every_teacher() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> None:
-    target = fuse(
-        {"a": as_notes(1), "b": as_notes(2)}, np.ones((1, 9), bool), (2.0,), V, temperature,
-        FusionOptions(),
-    )  # fmt: skip
+    rows = {name: rows_of(as_notes(seed), ALL) for name, seed in (("a", 1), ("b", 2))}
+    target = fuse(rows, (2.0,), V, temperature, FusionOptions())
     for m, seed in enumerate((1, 2)):
         dense = (logits(seed) / temperature).softmax(-1).float()
         torch.testing.assert_close(
@@ -83,9 +82,8 @@ def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> 
 
 def test_complete_head_has_no_tail() -> None:
     for temperature in (1.0, 2.0):
-        target = fuse(
-            {"a": as_notes(3, V)}, np.ones((1, 9), bool), (2.0,), V, temperature, FusionOptions()
-        )
+        rows = {"a": rows_of(as_notes(3, V), ALL)}
+        target = fuse(rows, (2.0,), V, temperature, FusionOptions())
         assert float(target.tail.abs().max()) == 0.0
         torch.testing.assert_close(target.p.sum(-1), torch.ones(1, 9))
 

@@ -106,12 +106,18 @@ def show_block(block: dict[str, Any], console: Console) -> None:
 
 def _cells(notes: dict[str, Any]) -> list[str]:
     candidates = "  ".join(f"{_quoted(c)} {_p(c['p'])}" for c in notes["candidates"])
-    drawn = "  ".join(f"{_quoted(d)} ×{d['times']}" for d in notes["drawn"])
+    drawn = "  ".join(_times(d) for d in notes["drawn"][: len(notes["candidates"])])
+    more = len(notes["drawn"]) - len(notes["candidates"])
+    drawn += f"  and {more} more" if more > 0 else ""
     return [
         f"{notes['entropy']:.2f}", f"{notes['tail_mass']:.3f}",
         _p(math.exp(notes["gold_logprob"])),
         f"{candidates}  drawn: {drawn}" if drawn else candidates,
     ]  # fmt: skip
+
+
+def _times(drawn: dict[str, Any]) -> str:
+    return _quoted(drawn) + (f" ×{drawn['times']}" if drawn["times"] > 1 else "")
 
 
 def _p(probability: float) -> str:

@@ -48,12 +48,13 @@ def memory() -> Iterator[Path]:
 
 
 def test_fifty_kills_end_in_the_same_bits(lab: Lab, memory: Path) -> None:
-    del lab.config["teachers"]["two"], lab.config["corpus"]["sources"][1]
-    config = lab.write(corpus__blocks_per_part=6, store__chunk_tokens=256)
+    lab.config |= {"teachers": {"one": {"model": f"{lab.root}/a"}}, "loss": {}}
+    del lab.config["corpus"]["sources"][1]
+    config = lab.write(corpus__blocks_per_part=6, store__chunk_tokens=256, store__temperatures=[])
     told = json.loads(warm("kill", config, memory, 50, 1))
     assert told["kills"] >= 50
     undisturbed = digests(memory / "0")
-    assert len(undisturbed) > 50
+    assert len(undisturbed) > 40
     for number in range(1, told["rounds"] + 1):
         run = memory / str(number)
         assert digests(run) == undisturbed, f"round {number}"

@@ -292,16 +292,17 @@ class PartAnnotator:
         return arrays
 
     def heads(self, blocks: TokenBlocks, batch: int) -> Int64:
-        """Returns the head's ids [R, K] of the scored rows: what orders of ids are learned from.
+        """Returns head and draws [R, K + S] of the scored rows: what orders of ids are learned from.
 
         Raises:
             NonFiniteLogits
         """
-        count, pieces = len(blocks.block_ids), [np.zeros((0, self.layout.k), np.int64)]
+        width = self.layout.k + self.layout.draws
+        count, pieces = len(blocks.block_ids), [np.zeros((0, width), np.int64)]
         for start in range(0, count, batch):
             notes = self._batch(blocks.take(slice(start, min(start + batch, count))), None)
             if notes is not None:
-                pieces.append(notes.ids)
+                pieces.append(np.concatenate([notes.ids, notes.draw_ids], 1))
         return np.concatenate(pieces)
 
     @torch.inference_mode()

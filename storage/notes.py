@@ -184,10 +184,9 @@ class NotesDecoder:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
         orders, ids = self._orders, np.empty(gaps.shape, np.int32)
         index = self._index[: gaps.shape[1]]
+        for k in range(1, gaps.shape[1]):
+            np.add(gaps[:, k - 1], gaps[:, k], out=gaps[:, k])
         for n, first in enumerate(classes.astype(np.intp) * orders.stride):
-            block = gaps[n]
-            for k in range(1, len(block)):
-                np.add(block[k - 1], block[k], out=block[k])
-            np.add(block, first, out=index)
+            np.add(gaps[n], first, out=index)
             orders.ids.take(index, out=ids[n], mode="clip")
         return ids

@@ -118,7 +118,7 @@ class TailDraws:
 @dataclass(frozen=True)
 class TokenStats:
     """Statistics of the full-vocabulary softmax, taken from it exactly and then stored as the preset
-    says (`balanced`: to 2^−11 nats).
+    says (`balanced`: to 2^−10 nats).
 
     Attributes:
         entropy: float32 [N, T], nats.

@@ -65,7 +65,8 @@ def write(root: Path, layout: Layout, notes: HostNotes) -> float:
     """Writes a cache; returns seconds, those of learning the orders left out."""
     blocks = np.arange(LEARN // LENGTH) * layout.blocks // (LEARN // LENGTH)
     rows = (blocks[:, None] * LENGTH + np.arange(LENGTH)).reshape(-1)
-    orders = learn_orders(notes.ids[rows], layout.vocab_size)
+    ids = np.concatenate([notes.ids[rows], notes.draw_ids[rows]], 1)
+    orders = learn_orders(ids, layout.vocab_size)
     shutil.rmtree(root, ignore_errors=True)
     writer = CacheWriter(root, {"corpus": "bench"}, layout, lambda: orders)
     writer.orders.ranks, writer.orders.ids  # noqa: B018 (tables of a teacher, not of a part)

@@ -139,7 +139,7 @@ def verify(
     \b
     Example: scholiast verify runs/mine/cache/code --deep
     """
-    from pipeline.verify_text import report_json, show_reports
+    from pipeline.verify_text import report_json, show_reports, verdict
 
     console = _console(quiet)
     reports = _verify_all(find_target(cache, overrides), deep, workers, console)
@@ -149,13 +149,7 @@ def verify(
         click.echo(json_module.dumps({"sound": sound, "stores": stores}, indent=1))
     else:
         show_reports(reports, console)
-        undone = any(not report.complete for report in reports.values())
-        verdict = "sound, but not complete" if undone else "sound"
-        click.echo(
-            f"\n{verdict}"
-            if sound
-            else f"\nto do: scholiast repair {cache}, which drops what is bad"
-        )
+        click.echo(f"\n{verdict(reports, cache)}")
     ctx.exit(0 if sound else 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,6 +56,15 @@ def show_reports(reports: Mapping[str, Report], console: Console) -> None:
                 click.echo(f"  {human_bytes(leftover.bytes)}  {leftover.path}")
             if count > _LISTED:
                 click.echo(f"  and {count - _LISTED:,} more (--json lists all)")
+
+
+def verdict(reports: Mapping[str, Report], target: Path) -> str:
+    """Returns the last line: sound or not, and what to do."""
+    if any(p.mend != "none" for report in reports.values() for p in report.problems):
+        return f"to do: scholiast repair {target}, which drops what is bad"
+    if not all(report.sound for report in reports.values()):
+        return "to do: nothing that `scholiast repair` could do; see what is said above"
+    return "sound" if all(r.complete for r in reports.values()) else "sound, but not complete"
 
 
 def next_command(report: Report) -> str | None:

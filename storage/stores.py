@@ -58,6 +58,7 @@ class Store:
         orders: a cache's orders of ids; None where they are lost.
         owners: fingerprints that the parts' manifests must carry; None if no file tells.
         layout, info: of a cache, of a corpus; None where its file is damaged or missing.
+        known: False for another version of the format, of which nothing else can be told.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class Store:
     layout: Layout | None = None
     info: CorpusInfo | None = None
     orders: IdOrders | None = None
+    known: bool = True
 
     @property
     def parts(self) -> int | None:
@@ -143,8 +145,10 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
     opened, problems = None, []
     try:
         opened = open_cache(root)
+    except CorruptShard as error:
+        problems.append(Problem(None, name, error.what, "drop"))
     except ScholiastError as error:
-        problems.append(Problem(None, name, error.what, _mend_info(error)))
+        return Store(root, CACHE, known=False), [Problem(None, name, error.what, "none")]
     if opened is None:
         bare = Store(root, CACHE)
         if not problems and bare.listed():
@@ -184,8 +188,10 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
     info, problems = None, []
     try:
         info = load_info(root)
+    except CorruptShard as error:
+        problems.append(Problem(None, name, error.what, "drop"))
     except ScholiastError as error:
-        problems.append(Problem(None, name, error.what, _mend_info(error)))
+        return Store(root, CORPUS, known=False), [Problem(None, name, error.what, "none")]
     if info is not None:
         store = Store(root, CORPUS, info.owners, None, info)
         return store, problems + not_canonical(root, name, "drop")
@@ -196,11 +202,6 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         what = "begun.json is missing, or not what the finished parts were made from"
         problems.append(Problem(None, BEGUN, what, "drop"))
     return Store(root, CORPUS, owners), problems
-
-
-def _mend_info(error: ScholiastError) -> Mend:
-    """A file of another format is whole: it is not for us to drop."""
-    return "drop" if isinstance(error, CorruptShard) else "none"
 
 
 def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) -> list[Problem]:

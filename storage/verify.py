@@ -110,7 +110,7 @@ def verify(
     """
     begun = time.monotonic()
     store, problems = open_store(root)
-    parts = store.listed()
+    parts = store.listed() if store.known else []
     objects, size = 0, 0
     tell(0, len(parts))
     with ThreadPoolExecutor(workers) as pool:
@@ -134,7 +134,7 @@ def verify(
         missing = ()
     return Report(
         store, len(parts), objects, size, time.monotonic() - begun, deep, tuple(problems), missing,
-        tuple(_leftovers(store, set(parts))),
+        tuple(_leftovers(store, set(parts))) if store.known else (),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from conftest import Lab, build_parts, digests
 from storage import manifest
 from storage.blocks import BlockReader
 from storage.errors import ScholiastError
+from storage.fingerprint import canonical_json, fingerprint
 from storage.reader import CacheReader
 from storage.repair import plan_repair, repair
 from storage.stores import CACHE, CORPUS, INFO, find_stores, kind_of, open_store
@@ -333,6 +334,20 @@ def leave_things(root: Path) -> dict[str, bool]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"some")
     return left
+
+
+@pytest.mark.parametrize("name", ["corpus/corpus.json", "cache/one/cache.json"])
+def test_another_format_is_left_alone(run: Path, name: str) -> None:
+    """Nothing else can be told of it, so nothing is called bad or left over, nothing deleted."""
+    path = run / name
+    body = json.loads(path.read_bytes())
+    del body["sha256"]
+    body["format"] += 1
+    path.write_bytes(canonical_json({**body, "sha256": fingerprint(body)}))
+    before, report = digests(run), verify(path.parent)
+    assert [(p.path, p.mend) for p in report.problems] == [(path.name, "none")]
+    assert not report.leftovers and repair(report, clean=True) == []
+    assert digests(run) == before
 
 
 def test_leftovers_are_listed_apart_and_cleaned(run: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from conftest import Lab, build_parts
 
 from pipeline.block_view import Vocabulary, visible
+from pipeline.inspect import has_target
 from storage.blocks import BlockReader
 from storage.fingerprint import tree_bytes
 from storage.reader import CacheReader
@@ -27,6 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     root = tmp_path_factory.mktemp("made")
     build_parts(root)
     lab = Lab(root)
+    lab.config["store"]["draws"] = 6
+    lab.config["corpus"]["blocks_per_part"] = 12
     lab.workspace().cache_teachers()
     return lab
 
@@ -85,6 +88,9 @@ def test_rows_are_those_of_the_block(made: Lab, cli: Cli) -> None:
                 place = np.flatnonzero(notes.head.ids[0, t] == candidate["id"])
                 expected = np.exp(notes.head.logprobs[0, t][place])
                 assert expected == pytest.approx(candidate["p"], rel=1e-6)
+            assert sum(d["times"] for d in seen["drawn"]) == 6
+            ids = [d["id"] for d in seen["drawn"] for _ in range(d["times"])]
+            assert notes.draws is not None and sorted(ids) == sorted(notes.draws.ids[0, t])
             assert seen["entropy"] == pytest.approx(float(notes.stats.entropy[0, t]))
     assert {row["scored"] for row in shown["rows"]} == {True, False}
 
@@ -100,6 +106,21 @@ def test_bare_cache_shows_ids_and_the_same_rows(made: Lab, cli: Cli) -> None:
     helped = told(cli, root, "--rows", "0:32", "--corpus", made.root / "run/corpus",
                   "--tokenizer", made.root / "a")["block"]["rows"]  # fmt: skip
     assert [row["token"] for row in helped] == [row["token"] for row in named]
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "compact"])
+def test_rows_with_a_target_are_told_from_the_notes(made: Lab, tmp_path: Path, preset: str) -> None:
+    """As they are stored: rounded statistics, a head that top_p cuts or that holds everything."""
+    for k, top_p in ((8, 0.5), (made.vocab_size, 1.0)):
+        store = {"preset": preset, "k": k, "draws": 0, "top_p": top_p, "temperatures": []}
+        cache = tmp_path / f"{k}"
+        made.workspace(
+            store=store, cache_dir=str(cache), corpus_dir=f"{made.root}/run/corpus",
+            teachers={"one": {"model": f"{made.root}/a"}}, loss={},
+        ).cache_teachers()  # fmt: skip
+        corpus, reader = BlockReader(made.root / "run/corpus"), CacheReader(cache / "one")
+        blocks = np.arange(corpus.info.blocks)
+        assert np.array_equal(has_target(reader.read(blocks).stats), corpus.read(blocks).scored)
 
 
 def test_tables_name_everything(made: Lab, cli: Cli) -> None:
@@ -125,7 +146,7 @@ def test_partly_done_cache_shows_what_is_done(made: Lab, cli: Cli, tmp_path: Pat
     next((run / "cache/one/manifests").glob("000000*")).unlink()
     facts = told(cli, run)
     assert facts["caches"]["one"]["parts_done"] == facts["caches"]["two"]["parts_done"] - 1
-    assert facts["block"]["block"] == 3, "the first block that both have"
+    assert facts["block"]["block"] == 12, "the first block that both have"
     result = cli("inspect", run, "--block", 0)
     assert result.exit_code == 1 and "part 0" in result.output
 
@@ -153,7 +174,7 @@ def test_wrong_arguments(
 
 def test_caches_of_two_corpora_are_refused(made: Lab, cli: Cli, tmp_path: Path) -> None:
     other = made.write("other.yaml", run_dir=str(tmp_path / "other"), corpus__block_length=16)
-    assert cli("cache-teachers", other).exit_code == 0
+    assert cli("prepare", other).exit_code == 0
     result = cli("inspect", made.root / "run/cache/one", "--corpus", tmp_path / "other/corpus")
     assert result.exit_code == 1 and "another corpus" in result.output
 

@@ -12,8 +12,9 @@ from pipeline.status import newest_step
 from pipeline.workspace import BASELINE, FUSED, Workspace
 from stages.documents import source_files
 from stages.model_files import context_length, hidden_size, locate, parameters, read_config
-from stages.teacher_jobs import COMPRESSION, TeacherJob, read_log, stored_bytes
-from storage.blocks import CorpusInfo
+from stages.teacher_jobs import COMPRESSION, TeacherJob, measured, stored
+from storage import manifest
+from storage.blocks import CorpusInfo, stored_bytes
 from storage.errors import ConfigError
 from storage.fingerprint import tree_bytes
 from storage.layout import Layout
@@ -119,9 +120,9 @@ def _estimate_tokens(work: Workspace) -> int:
 
 def _corpus_row(work: Workspace, info: CorpusInfo | None, tokens: int, parts: int) -> PlanRow:
     if info is not None:
-        size = tree_bytes(work.config.corpus_folder)
-        return PlanRow("prepare corpus", parts, parts, size, None, "done")
-    done = len(list((work.config.corpus_folder / "manifests").glob("*.json")))
+        size, sampled = stored_bytes(work.config.corpus_folder, info)
+        return PlanRow("prepare corpus", parts, parts, size, None, f"done{_of(sampled, parts)}")
+    done = len(manifest.listing(work.config.corpus_folder))
     return PlanRow(
         "prepare corpus", done, parts, 4.0 * tokens, tokens / 2e5, "estimate from file sizes"
     )
@@ -133,21 +134,30 @@ def _teacher_row(
     options = work.config.teachers[name]
     label = f"cache {name}"
     if not work.there(options.model, options.revision):
-        raw = 300.0 * COMPRESSION * work.config.store.k / 64
+        raw = 300.0 * COMPRESSION * work.config.store.entries / 64
         return PlanRow(label, 0, parts, raw * tokens, None, "model not here yet")
     if job is not None and not job.pending:
-        return PlanRow(label, parts, parts, stored_bytes(job), None, "done")
-    left = tokens if job is None else len(job.pending) * job.block_tokens
-    log = read_log(work.config.cache_folder / name)
+        size = stored(job)
+        return PlanRow(label, parts, parts, size.bytes, None, f"done{_of(size.sampled, parts)}")
+    left = tokens
+    if job is not None:
+        left = job.layout.blocks_of(job.pending) * job.layout.block_length
+    log = measured(work.config.cache_folder / name)
     if job is not None and job.done and log:
-        seconds = left * sum(r["seconds"] for r in log) / max(1, sum(r["tokens"] for r in log))
-        final = stored_bytes(job) + job.expected_bytes()
-        return PlanRow(label, len(job.done), parts, final, seconds, "measured on finished parts")
+        seconds, size = left * log.seconds / max(1, log.tokens), stored(job)
+        final = size.bytes * job.layout.blocks // job.layout.blocks_of(job.done)
+        basis = f"measured on finished parts{_of(size.sampled, len(job.done))}"
+        return PlanRow(label, len(job.done), parts, final, seconds, basis)
     folder = locate(options.model, options.revision, f"teachers.{name}.model")
     layout = job.layout if job else _layout(work, folder, name, tokens)
     seconds = pace.seconds(2.0 * parameters(folder, f"teachers.{name}.model") * left)
     size = layout.bytes_per_token_raw() * COMPRESSION * tokens
     return PlanRow(label, 0, parts, size, seconds, "estimate from parameters")
+
+
+def _of(sampled: int, parts: int) -> str:
+    """Says on how many parts a size rests, unless they are all of them."""
+    return "" if sampled == parts else f"; size from {sampled:,} of {parts:,} parts"
 
 
 def _layout(work: Workspace, folder: Path, name: str, tokens: int) -> Layout:
@@ -162,8 +172,8 @@ def _layout(work: Workspace, folder: Path, name: str, tokens: int) -> Layout:
         )  # fmt: skip
     return Layout(
         math.ceil(tokens / corpus.block_length), corpus.blocks_per_part, corpus.block_length,
-        int(config.get("vocab_size") or 1 << 17), store.k, store.precision, store.temperatures,
-        work.config.teachers[name].feature_layers, store.segments, hidden_size(config),
+        int(config.get("vocab_size") or 1 << 17), store.preset,
+        store.entries, store.drawn, store.top_p, store.seed, store.temperatures, work.config.teachers[name].feature_layers, store.segments, hidden_size(config),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.workspace import BASELINE, FUSED, Workspace
+from storage import manifest
 
 
 def read_status(work: Workspace) -> list[dict[str, Any]]:
@@ -18,7 +19,7 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
     config, rows = work.config, []
     info, jobs = work.looked_at()
     if info is None:
-        done = len(list((config.corpus_folder / "manifests").glob("*.json")))
+        done = len(manifest.listing(config.corpus_folder))
         rows.append(_row("prepare corpus", done, 0))
     else:
         rows.append(_row("prepare corpus", info.parts, info.parts))

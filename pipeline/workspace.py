@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from stages.model_files import locate, model_identity, parameters, present, read_config
 from stages.options import LossOptions
 from stages.progress import Progress
-from stages.teacher_jobs import TeacherJob, plan_jobs, read_log, stored_bytes
+from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
 from storage import durable
 from storage.blocks import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
@@ -365,22 +365,12 @@ def quiet_transformers() -> None:
 
 
 def _cache_cost(job: TeacherJob) -> dict[str, Any]:
-    from storage import manifest
-
     tokens = job.layout.blocks * job.layout.block_length
-    arrays: dict[str, float] = {}
-    for part in job.done:
-        vouched = manifest.load(job.root, part)
-        for name, (size, _) in (vouched.objects if vouched else {}).items():
-            array = name.split("/")[1]
-            arrays[array] = arrays.get(array, 0.0) + size / tokens
-    log = read_log(job.root)
-    seconds = sum(row["seconds"] for row in log)
-    size = stored_bytes(job)
+    size, log = stored(job), measured(job.root)
     return {
         "parameters": parameters(job.folder, f"teachers.{job.name}.model"),
-        "bytes": size, "tokens": tokens, "bytes_per_token": size / tokens, "arrays": arrays,
-        "tokens_per_second": sum(row["tokens"] for row in log) / seconds if seconds else None,
-        "peak_bytes": max((row["peak_bytes"] for row in log), default=None),
-        "device": log[-1]["device"] if log else None,
+        "bytes": size.bytes, "tokens": tokens, "bytes_per_token": size.bytes / tokens,
+        "arrays": {name: n / tokens for name, n in size.arrays.items()},
+        "tokens_per_second": log.tokens / log.seconds if log else None,
+        "peak_bytes": log.peak_bytes if log else None, "device": log.device if log else None,
     }  # fmt: skip

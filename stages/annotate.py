@@ -1,31 +1,63 @@
 """Hidden states → a teacher's notes: head in chunks of tokens, top-k, exact statistics, features.
 
 Only rows that have a target are annotated (documents' last rows and masked tokens are not); other
-rows hold zeros. Memory: one chunk of logits, O(chunk·V), whatever T is.
+rows hold zeros. Memory: one chunk of logits, O(chunk·V), whatever T is, and the notes themselves.
 
-Shapes: R annotated rows, C rows of a chunk, V vocabulary, K head entries, Z temperatures.
+Shapes: R annotated rows, C rows of a chunk, V vocabulary, K head entries, S draws, Z temperatures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages.head import cache_sized
+from stages.tail_draws import draw
 from stages.teacher import HiddenStates, TeacherBackend
+from stages.top_k import top_k
 from storage.codec import to_bfloat16
 from storage.errors import NonFiniteLogits
 from storage.layout import Layout
-from storage.types import LOG_ZERO, AnyArray, TokenBlocks
+from storage.notes import encode_rows
+from storage.orders import IdOrders
+from storage.sampling import uniforms
+from storage.types import LOG_ZERO, AnyArray, HostNotes, Int64, TokenBlocks
+
+SLICE_ROWS = 8
+"""Rows annotated together on a CPU. Two buffers of 4 rows of 49,152 float32 a core stay in a cache of
+2 MB; fewer rows cost more in calls than they save."""
+
+
+@dataclass(frozen=True)
+class NoteRule:
+    """What is noted of a row: see storage.layout.Layout for the fields."""
+
+    k: int
+    temperatures: tuple[float, ...] = ()
+    top_p: float = 1.0
+    draws: int = 0
+
+    @classmethod
+    def of(cls, layout: Layout) -> NoteRule:
+        return cls(layout.k, layout.temperatures, layout.top_p, layout.draws)
 
 
 @dataclass(frozen=True)
 class RowNotes:
-    """Notes on R rows, on the device: ids int64 [R, K], logprobs [R, K], statistics [R] and [R, Z]."""
+    """Notes on R rows, on the device.
+
+    Attributes:
+        ids, logprobs: [R, K], the head, most probable first; ids int64. Entries beyond a top-p cut
+            repeat the most probable id with logprob LOG_ZERO.
+        entropy, log_tail_mass, gold_logprob: [R].
+        log_z: [R, Z].
+        draw_ids, draw_logprobs: [R, S], ids outside the kept head, which may repeat; float32
+            logprobs at temperature 1. Where the tail has no mass: the most probable id, LOG_ZERO.
+    """
 
     ids: Tensor
     logprobs: Tensor
@@ -33,68 +65,156 @@ class RowNotes:
     log_tail_mass: Tensor
     gold_logprob: Tensor
     log_z: Tensor
+    draw_ids: Tensor
+    draw_logprobs: Tensor
+
+
+def to_host(notes: RowNotes) -> HostNotes:
+    """Returns the same on the host: ids int64, everything else float32."""
+    values = {field.name: getattr(notes, field.name) for field in fields(RowNotes)}
+    return HostNotes(**{
+        name: (v if v.dtype == torch.int64 else v.float()).cpu().numpy()
+        for name, v in values.items()
+    })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What passes over the logits leave; logits are counted from the row's largest.
+
+    head [R, K], gold [R], drawn [R, S]: logits; e: sums [R] of exp; tail: of exp, tail_cross: of
+    logit·exp, both over what is not kept; powers [R, Z]: of exp(logit/τ).
+    """
+
+    ids: Tensor
+    head: Tensor
+    gold: Tensor
+    e: Tensor
+    tail: Tensor
+    tail_cross: Tensor
+    powers: Tensor
+    draw_ids: Tensor
+    drawn: Tensor
 
 
 def annotate_logits(
-    logits_CV: Tensor, gold_C: Tensor, k: int, temperatures: tuple[float, ...]
+    logits_CV: Tensor, gold_C: Tensor, rule: NoteRule, uniform_C: Tensor
 ) -> RowNotes:
     """Returns the notes on one chunk of logits.
 
     With z the logits and L = log Σ exp z:  log p = z − L,  H = L − Σ p·z,
-    tail = Σ_{v ∉ top-k} p_v (summed directly, not as 1 − head, which would cancel),
+    tail = Σ_{v not kept} p_v (summed directly, not as 1 − head, which would cancel),
     log_z(τ) = log Σ exp((z − L)/τ).
 
-    Cost: K-selection, one pass a temperature, four more; in place, with one buffer of the chunk's
-    size.
+    Cost: K-selection and, slice by slice in the cache, eight passes, four for each further
+    temperature (three at τ = 2), three for draws. In place, with a buffer of one slice.
 
     Args:
         logits_CV: float32 or float64 [C, V], without padding rows of the head; overwritten.
         gold_C: int64 [C], the target of each row.
-        k: head entries, 1 ≤ k ≤ V.
-        temperatures: grid of log_z.
+        rule: 1 ≤ k ≤ V head entries; draws S ≥ 0; top_p in (0, 1].
+        uniform_C: float64 [C], u in [0, 1), where each row's draws begin.
 
     Returns:
-        Notes; non-finite where the logits are.
+        Notes; non-finite where the logits are. Each row's depend on it alone (its sums up to
+        rounding).
     """
-    top, ids = logits_CV.topk(k, dim=-1)
-    largest = top[:, :1]
-    gold = logits_CV.gather(-1, gold_C[:, None]) - largest
-    below = logits_CV.sub_(largest)
-    e = torch.empty_like(below)
-    sums = [torch.mul(below, 1.0 / t, out=e).exp_().sum(-1) for t in temperatures]
-    total = torch.exp(below, out=e).sum(-1)
-    lse = total.log()  # L, counted from the largest logit
-    entropy = lse - below.mul_(e).sum(-1) / total
-    tail = e.scatter_(-1, ids, 0.0).sum(-1) / total
-    log_z = [s.log() - lse / t for s, t in zip(sums, temperatures, strict=True)]
+    starts = cache_sized(len(logits_CV), logits_CV.device, SLICE_ROWS)
+    e = torch.empty_like(logits_CV[: starts.step], memory_format=torch.contiguous_format)
+    pieces = []
+    for start in starts:
+        rows = slice(start, start + starts.step)
+        logits = logits_CV[rows]
+        pieces.append(_sums(logits, gold_C[rows], rule, uniform_C[rows], e[: len(logits)]))
+    sums = _join(pieces)
+    lse = sums.e.log()  # L, counted from the largest logit
+    head = sums.head.exp()
+    cross = sums.tail_cross + (head * sums.head).sum(-1)
+    scales = torch.tensor(rule.temperatures, dtype=lse.dtype, device=lse.device)
+    tail = sums.tail / sums.e
     return RowNotes(
-        ids=ids,
-        logprobs=(top - largest - lse[:, None]).clamp(LOG_ZERO, 0.0),
-        entropy=entropy.clamp_min(0.0),
+        ids=sums.ids,
+        logprobs=(sums.head - lse[:, None]).clamp(LOG_ZERO, 0.0),
+        entropy=(lse - cross / sums.e).clamp_min(0.0),
         log_tail_mass=tail.log().clamp(LOG_ZERO, 0.0),
-        gold_logprob=(gold[:, 0] - lse).clamp(LOG_ZERO, 0.0),
-        log_z=torch.stack(log_z, -1) if log_z else lse.new_zeros(len(lse), 0),
+        gold_logprob=(sums.gold - lse).clamp(LOG_ZERO, 0.0),
+        log_z=sums.powers.log() - lse[:, None] / scales,
+        draw_ids=sums.draw_ids,
+        draw_logprobs=(sums.drawn - lse[:, None]).clamp(LOG_ZERO, 0.0),
     )
+
+
+def _sums(logits: Tensor, gold: Tensor, rule: NoteRule, uniform: Tensor, e: Tensor) -> _Sums:
+    """Passes over a slice of logits; overwrites it and `e`, a buffer of its shape."""
+    head, ids = top_k(logits, rule.k)
+    largest = head[:, :1].clone()
+    head, below = head.sub_(largest), logits.sub_(largest)
+    powers = _exponentials(below, rule.temperatures, e)
+    total = powers[1.0]
+    if rule.top_p < 1.0:
+        p = (head.double() - total.double().log()[:, None]).exp()
+        kept = torch.nn.functional.pad(p.cumsum(-1)[:, :-1], (1, 0)) < rule.top_p
+        ids = torch.where(kept, ids, ids[:, :1])
+        head = head.masked_fill_(~kept, LOG_ZERO)  # finite, so that 0·log 0 is 0
+    e.scatter_(-1, ids, 0.0)
+    if rule.draws:
+        draw_ids, tail = draw(e, uniform, rule.draws)
+        empty = (tail == 0.0)[:, None]
+        drawn = below.gather(-1, draw_ids).masked_fill_(empty, LOG_ZERO)
+        draw_ids = torch.where(empty, ids[:, :1], draw_ids)
+    else:
+        draw_ids, drawn, tail = ids[:, :0], head[:, :0], e.sum(-1)
+    return _Sums(
+        ids=ids, head=head, gold=below.gather(-1, gold[:, None])[:, 0], e=total, tail=tail,
+        tail_cross=below.mul_(e).sum(-1),
+        powers=torch.stack([powers[t] for t in rule.temperatures], -1)
+        if rule.temperatures else head[:, :0],
+        draw_ids=draw_ids, drawn=drawn,
+    )  # fmt: skip
+
+
+def _exponentials(below: Tensor, temperatures: tuple[float, ...], e: Tensor) -> dict[float, Tensor]:
+    """Returns Σ exp(below/τ) for each τ and for 1, and leaves exp(below) in `e`.
+
+    exp(below) is the square of exp(below/2) where τ = 2 is asked for. Roots of exp(below) would be
+    as quick and wrong: it underflows below −103, where its τ-th roots still count.
+    """
+    sums: dict[float, Tensor] = {}
+    for t in sorted({*temperatures, 1.0}, key=lambda t: (t == 1.0, t == 2.0)):
+        if t == 1.0:
+            torch.mul(e, e, out=e) if 2.0 in sums else torch.exp(below, out=e)
+        else:
+            torch.mul(below, 1.0 / t, out=e).exp_()
+        sums[t] = e.sum(-1)
+    return sums
+
+
+def _join(pieces: list[_Sums]) -> _Sums:
+    return _Sums(**{
+        field.name: torch.cat([getattr(piece, field.name) for piece in pieces])
+        for field in fields(_Sums)
+    })  # fmt: skip
 
 
 def annotate_rows(
     hidden_RD: Tensor,
     gold_R: Tensor,
+    uniform_R: Tensor,
     head: Callable[[Tensor], Tensor],
     layout: Layout,
     chunk: int,
 ) -> RowNotes:
-    """Returns the notes on R rows, computing `chunk` rows of logits at a time."""
-    pieces = []
-    gold_R = gold_R.to(hidden_RD.device)
+    """Returns the notes on R rows, computing `chunk` rows of logits at a time.
+
+    Memory beyond the notes, O(R·(K + S + Z)): one chunk of logits and one slice.
+    """
+    rule, pieces = NoteRule.of(layout), []
+    gold_R, uniform_R = gold_R.to(hidden_RD.device), uniform_R.to(hidden_RD.device)
     for start in range(0, len(hidden_RD), chunk):
-        logits = head(hidden_RD[start : start + chunk])[:, : layout.vocab_size]
-        starts = cache_sized(len(logits), logits.device)
-        for i in starts:
-            rows, gold = logits[i : i + starts.step], gold_R[start + i : start + i + starts.step]
-            notes = annotate_logits(rows, gold[: len(rows)], layout.k, layout.temperatures)
-            pieces.append(notes)
-    names = RowNotes.__dataclass_fields__
+        rows = slice(start, start + chunk)
+        logits = head(hidden_RD[rows])[:, : layout.vocab_size]
+        pieces.append(annotate_logits(logits, gold_R[rows], rule, uniform_R[rows]))
+    names = [field.name for field in fields(RowNotes)]
     return RowNotes(**{n: torch.cat([getattr(piece, n) for piece in pieces]) for n in names})
 
 
@@ -136,11 +256,12 @@ class PartAnnotator:
         self.name, self.backend, self.layout, self.chunk = name, backend, layout, chunk
 
     def annotate(
-        self, blocks: TokenBlocks, batch: int, advance: Callable[[int], None]
+        self, blocks: TokenBlocks, orders: IdOrders, batch: int, advance: Callable[[int], None]
     ) -> dict[str, AnyArray]:
         """Returns every array of the layout for these blocks, encoded.
 
         Args:
+            orders: of the cache's ids.
             batch: blocks of one forward.
             advance: told the tokens of each finished batch.
 
@@ -154,33 +275,48 @@ class PartAnnotator:
         }
         for start in range(0, count, batch):
             rows = slice(start, min(start + batch, count))
-            self._batch(blocks.take(rows), {name: a[rows] for name, a in arrays.items()})
+            taken, out = blocks.take(rows), {name: a[rows] for name, a in arrays.items()}
+            notes = self._batch(taken, out)
+            if notes is not None:
+                encode_rows(self.layout, orders, notes, taken.scored, out)
             advance((rows.stop - rows.start) * self.layout.block_length)
         return arrays
 
+    def heads(self, blocks: TokenBlocks, batch: int) -> Int64:
+        """Returns the head's ids [R, K] of the scored rows: what orders of ids are learned from.
+
+        Raises:
+            NonFiniteLogits
+        """
+        count, pieces = len(blocks.block_ids), [np.zeros((0, self.layout.k), np.int64)]
+        for start in range(0, count, batch):
+            notes = self._batch(blocks.take(slice(start, min(start + batch, count))), None)
+            if notes is not None:
+                pieces.append(notes.ids)
+        return np.concatenate(pieces)
+
     @torch.inference_mode()
-    def _batch(self, blocks: TokenBlocks, out: dict[str, AnyArray]) -> None:
+    def _batch(self, blocks: TokenBlocks, out: dict[str, AnyArray] | None) -> HostNotes | None:
+        """Returns the notes on the scored rows, if there are any; writes features to `out`."""
         states = self.backend.forward(
             torch.from_numpy(blocks.inputs.astype(np.int64)),
             torch.from_numpy(blocks.positions), self.layout.feature_layers,
         )  # fmt: skip
-        self._store_features(states, torch.from_numpy(blocks.present), out)
+        if out is not None:
+            self._store_features(states, torch.from_numpy(blocks.present), out)
         scored = blocks.scored
         if not scored.any():
-            return
+            return None
         where = torch.from_numpy(scored).to(states.last.device)
         gold = torch.from_numpy(blocks.gold.astype(np.int64)[scored])
+        rows, positions = np.nonzero(scored)
+        uniform = uniforms(self.layout.seed, blocks.block_ids[rows], positions)
         notes = annotate_rows(
-            states.last[where], gold, self.backend.logits, self.layout, self.chunk
-        )
+            states.last[where], gold, torch.from_numpy(uniform), self.backend.logits, self.layout,
+            self.chunk,
+        )  # fmt: skip
         self._require_finite(notes, blocks)
-        encode = self.layout.logprob_codec.encode
-        out["head_ids"][scored] = notes.ids.cpu().numpy()
-        out["head_logprobs"][scored] = encode(notes.logprobs.float().cpu().numpy())
-        for name in ("entropy", "log_tail_mass", "gold_logprob"):
-            out[name][scored] = getattr(notes, name).float().cpu().numpy()
-        if self.layout.temperatures:
-            out["log_z"][scored] = notes.log_z.float().cpu().numpy()
+        return to_host(notes)
 
     def _store_features(
         self, states: HiddenStates, present: Tensor, out: dict[str, AnyArray]

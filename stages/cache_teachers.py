@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stages.annotate import PartAnnotator
@@ -22,7 +23,12 @@ from stages.teacher_jobs import TeacherJob, append_log
 from stages.tokenizer import load_tokenizer, require_same_tokenizer
 from storage.blocks import BlockReader
 from storage.durable import require_free
+from storage.layout import Layout
+from storage.orders import IdOrders, learn_orders
+from storage.types import Int64
 from storage.writer import CacheWriter
+
+LEARNING_TOKENS = 16_384
 
 
 def cache_teachers(
@@ -70,16 +76,33 @@ def _cache_one(
     teacher = TransformersTeacher(job.name, job.folder, job.options, device)
     try:
         require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
-        writer = CacheWriter(job.root, job.identity, job.layout)
         annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens)
+
+        def learn() -> IdOrders:
+            progress.say(f"cache {job.name}: learning which ids are usual where")
+            blocks = reader.read(learning_blocks(job.layout))
+            ids = annotator.heads(blocks, job.options.batch_blocks)
+            return learn_orders(ids, job.layout.vocab_size)
+
+        writer = CacheWriter(job.root, job.identity, job.layout, learn)
         total = job.layout.blocks * job.layout.block_length
-        left = sum(_tokens(job, part) for part in job.pending)
+        left = job.layout.blocks_of(job.pending) * job.layout.block_length
         progress.start(f"cache {job.name}", total, "token", total - left)
         for part in job.pending:
             _do_part(job, part, annotator, writer, reader, device, progress)
         progress.finish()
     finally:
         teacher.close()
+
+
+def learning_blocks(layout: Layout) -> Int64:
+    """Returns the blocks from which a cache's orders of ids are learned, evenly over the corpus.
+
+    They are forwarded once more later: an eighth of a small corpus, LEARNING_TOKENS of a large one.
+    """
+    tokens = min(LEARNING_TOKENS, layout.blocks * layout.block_length // 8)
+    count = max(1, tokens // layout.block_length)
+    return np.arange(count) * layout.blocks // count
 
 
 def _do_part(
@@ -94,7 +117,9 @@ def _do_part(
     tokens, usage = _tokens(job, part), Usage(device)
     raw = int(job.layout.bytes_per_token_raw() * tokens)
     require_free(job.root, raw, f"part {part} of teacher {job.name!r}")
-    arrays = annotator.annotate(reader.part(part), job.options.batch_blocks, progress.advance)
+    arrays = annotator.annotate(
+        reader.part(part), writer.orders, job.options.batch_blocks, progress.advance
+    )
     computed = usage.seconds
     writer.write_part(part, arrays)
     append_log(

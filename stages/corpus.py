@@ -27,9 +27,9 @@ from stages.options import CorpusOptions
 from stages.progress import Progress
 from stages.tokenizer import eos_id, load_tokenizer, tokenizer_fingerprint, vocab_size
 from storage import durable, manifest
-from storage.blocks import CorpusInfo, SourceRange, save_info, write_part
+from storage.blocks import CorpusInfo, SourceRange, content_digest, save_info, write_part
 from storage.errors import CorpusError
-from storage.fingerprint import HashMemo, canonical_json, fingerprint
+from storage.fingerprint import HashMemo, bytes_sha256, canonical_json, fingerprint
 from storage.types import TokenBlocks
 
 _BYTES_PER_TOKEN = 8  # of a packed part on disk, with room to spare
@@ -94,7 +94,7 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
     tokenizer = load_tokenizer(folder, "corpus.tokenizer")
     durable.write_bytes(root / "begun.json", canonical_json(identity))
     packer = Packer(options, tokenizer, root, fingerprint(identity), progress)
-    digests = packer.run()
+    packer.run()
     if not packer.ranges:
         raise CorpusError(
             "the corpus has no tokens", where="corpus.sources",
@@ -104,7 +104,7 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
     token_rules = tokenizer_fingerprint(tokenizer)
     info = CorpusInfo(
         identity=identity,
-        fingerprint=fingerprint({"content": digests, "tokenizer": token_rules,
+        fingerprint=fingerprint({"content": packer.content, "tokenizer": token_rules,
                                  "block_length": options.block_length,
                                  "blocks_per_part": options.blocks_per_part}),
         tokenizer=token_rules, vocab_size=vocab_size(tokenizer),
@@ -119,8 +119,13 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
 class Packer:
     """Cuts every pass (source × split) into blocks and commits them part by part.
 
-    After a kill, `run` reads the finished parts' manifests, takes the last one's cursor, and goes on
-    from that token; the result is the same as undisturbed.
+    After a kill, `run` takes the last finished part's cursor, and goes on from that token; the result
+    is the same as undisturbed. That manifest alone is opened: it carries all that the earlier ones
+    gave, their content as a chain of digests.
+
+    Attributes:
+        ranges: the finished passes' blocks.
+        content: sha256 chained over the content of every part, in order.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Packer:
         self.options, self.tokenizer, self.root = options, tokenizer, root
         self.identity, self.progress = identity, progress
         self.ranges: list[SourceRange] = []
+        self.content = ""
         self._eos = eos_id(tokenizer, "corpus.append_eos") if options.append_eos else None
         self._pending: list[TokenBlocks] = []
         self._loaded: dict[int, Any] = {}
@@ -139,9 +145,9 @@ class Packer:
             for heldout in ((False, True) if source.heldout else (False,))
         ]
 
-    def run(self) -> list[str]:
-        """Packs what is not packed yet; returns each part's content digest."""
-        cursor, digests = self._resume()
+    def run(self) -> None:
+        """Packs what is not packed yet."""
+        cursor = self._resume()
         first = cursor.pass_index
         # Every source is opened before the first is packed: a missing one is told at once.
         sizes = [len(self._rows(number)) for number, _ in self._passes]
@@ -154,34 +160,42 @@ class Packer:
                 cursor = after
                 self._pending.append(block)
                 if len(self._pending) == self.options.blocks_per_part:
-                    digests.append(self._commit(len(digests), cursor))
+                    self._commit(cursor)
             self._close(index, cursor)
             self._tell(sum(sizes[: index + 1]))
         if self._pending:
-            digests.append(self._commit(len(digests), Cursor(len(self._passes))))
+            self._commit(Cursor(len(self._passes)))
         self.progress.finish()
-        return digests
 
     def _tell(self, documents: int) -> None:
         self.progress.advance(documents - self._told)
         self._told = documents
 
-    def _resume(self) -> tuple[Cursor, list[str]]:
-        cursor, digests = Cursor(), list[str]()
-        while (done := manifest.finished(self.root, len(digests), self.identity)) is not None:
-            digests.append(str(done.carry["content"]))
-            cursor = Cursor(**done.carry["cursor"])
-            self.ranges = [SourceRange(**r) for r in done.carry["ranges"]]
-        return cursor, digests
+    def _resume(self) -> Cursor:
+        done = manifest.done_parts(self.root, self.identity)
+        # Parts that follow a gap are packed again: only what precedes them says where they begin.
+        self._part = int((done == np.arange(len(done))).sum())
+        last = manifest.finished(self.root, self._part - 1, self.identity) if self._part else None
+        if last is None:
+            self._part = 0
+            return Cursor()
+        self.content = str(last.carry["chain"])
+        self.ranges = [SourceRange(**r) for r in last.carry["ranges"]]
+        return Cursor(**last.carry["cursor"])
 
-    def _commit(self, part: int, cursor: Cursor) -> str:
-        batch = _concatenate(self._pending, part * self.options.blocks_per_part)
+    def _commit(self, cursor: Cursor) -> None:
+        batch = _concatenate(self._pending, self._part * self.options.blocks_per_part)
         durable.require_free(
             self.root, batch.tokens.size * _BYTES_PER_TOKEN, "a part of the corpus"
         )
-        carry = {"cursor": asdict(cursor), "ranges": [asdict(r) for r in self.ranges]}
-        self._pending = []
-        return write_part(self.root, self.identity, part, batch, carry)
+        content = content_digest(batch)
+        self.content = bytes_sha256((self.content + content).encode())
+        carry = {
+            "cursor": asdict(cursor), "ranges": [asdict(r) for r in self.ranges],
+            "content": content, "chain": self.content,
+        }  # fmt: skip
+        write_part(self.root, self.identity, self._part, batch, carry)
+        self._pending, self._part = [], self._part + 1
 
     def _close(self, index: int, cursor: Cursor) -> None:
         """Notes a finished pass's range; a pass without a token has none."""

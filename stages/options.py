@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from storage.codec import PRESETS
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -92,10 +94,21 @@ class TeacherOptions(Options):
 class StoreOptions(Options):
     """What is kept of every teacher's distribution."""
 
-    k: Count = Field(64, description="Head entries a token.")
-    precision: Literal["exact", "balanced"] = Field(
-        "balanced", description="exact: float32 logprobs; balanced: relative error ≤ 2^−9."
+    preset: Literal["exact", "balanced", "compact"] = Field(
+        "balanced",
+        description="exact: float32; balanced: near-lossless (KL about 2e-5); compact: a small "
+        "head, and draws that stand for the tail without bias.",
     )
+    k: Count | None = Field(
+        None, description="Head entries a token; if not given the preset's: 64, compact 16."
+    )
+    draws: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Tail draws a token; if not given the preset's: 0, compact 16."
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="End a row's head where its mass reaches this, at k at the latest."
+    )
+    seed: int = Field(0, description="Of the draws.")
     temperatures: tuple[Positive, ...] = Field(
         (1.5, 2.0), description="Temperatures ≠ 1 at which the cache can be used."
     )
@@ -103,6 +116,17 @@ class StoreOptions(Options):
     chunk_tokens: Count = Field(
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
+
+
+    @property
+    def entries(self) -> int:
+        """K: what was asked for, or the preset's."""
+        return PRESETS[self.preset].k if self.k is None else self.k
+
+    @property
+    def drawn(self) -> int:
+        """S: what was asked for, or the preset's."""
+        return PRESETS[self.preset].draws if self.draws is None else self.draws
 
 
 class FusionOptions(Options):

@@ -1,4 +1,8 @@
-"""Which parts each teacher still has to annotate. No torch here: asking takes a moment."""
+"""Which parts each teacher still has to annotate. No torch here: asking takes a moment.
+
+What is done is told by the names of the manifests alone, what it takes by a sample of them, so that
+10^6 parts stay a matter of seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stages.model_files import (
     context_length,
@@ -27,6 +33,8 @@ from storage.writer import require_identity
 
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
+
+_LOG_BYTES = 1 << 22  # of the log's end that is read: a rate needs no more
 
 
 @dataclass(frozen=True)
@@ -50,17 +58,13 @@ class TeacherJob:
     done: tuple[int, ...]
     pending: tuple[int, ...]
 
-    @property
-    def block_tokens(self) -> int:
-        """Tokens of one part (the last may have fewer)."""
-        return self.layout.blocks_per_part * self.layout.block_length
-
     def expected_bytes(self) -> int:
         """Returns the bytes that the pending parts will take, from finished parts or an estimate."""
-        measured = stored_bytes(self)
-        if self.done and measured:
-            return measured // len(self.done) * len(self.pending)
-        raw = self.layout.bytes_per_token_raw() * self.block_tokens * len(self.pending)
+        pending = self.layout.blocks_of(self.pending)
+        size = stored_bytes(self)
+        if size:
+            return size * pending // self.layout.blocks_of(self.done)
+        raw = self.layout.bytes_per_token_raw() * self.layout.block_length * pending
         return int(raw * COMPRESSION)
 
 
@@ -76,7 +80,7 @@ def plan_jobs(
     Raises:
         ConfigError: an option does not fit corpus or teacher.
         TeacherError: a checkpoint is missing or incomplete.
-        StaleCache, MissingShard, CorruptShard: what lies in `cache_dir` is not usable.
+        StaleCache, CorruptShard: what lies in `cache_dir` is not usable.
     """
     return [
         _job(name, options, store, info, cache_dir / name, memo)
@@ -98,8 +102,9 @@ def _job(
     _require_fit(name, options, store, info, config)
     layout = Layout(
         blocks=info.blocks, blocks_per_part=info.blocks_per_part, block_length=info.block_length,
-        vocab_size=info.vocab_size, k=store.k, precision=store.precision,
-        temperatures=store.temperatures, feature_layers=options.feature_layers,
+        vocab_size=info.vocab_size, preset=store.preset,
+        k=min(store.entries, info.vocab_size) if store.k is None else store.k,
+        draws=store.drawn, top_p=store.top_p, seed=store.seed, temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
     )  # fmt: skip
     identity = {
@@ -108,18 +113,23 @@ def _job(
         "teacher": model_identity(folder, key, memo),
         "dtype": options.dtype,
         "store": {
-            "k": store.k,
-            "precision": store.precision,
+            "k": layout.k,
+            "draws": layout.draws,
+            "top_p": layout.top_p,
+            "seed": layout.seed if layout.draws else None,
+            "preset": store.preset,
+            **layout.codecs.to_dict(),
             "temperatures": list(store.temperatures),
             "segments": store.segments,
             "feature_layers": list(options.feature_layers),
         },
     }
     require_identity(root, identity)
-    expected = fingerprint(identity)
-    done = [p for p in range(layout.parts) if manifest.finished(root, p, expected)]
-    pending = sorted(set(range(layout.parts)) - set(done))
-    return TeacherJob(name, options, folder, root, identity, layout, tuple(done), tuple(pending))
+    done = manifest.done_parts(root, fingerprint(identity))
+    pending = np.setdiff1d(np.arange(layout.parts), done, assume_unique=True)
+    return TeacherJob(
+        name, options, folder, root, identity, layout, tuple(done.tolist()), tuple(pending.tolist())
+    )
 
 
 def _require_fit(
@@ -129,7 +139,7 @@ def _require_fit(
     info: CorpusInfo,
     config: dict[str, Any],
 ) -> None:
-    if store.k > info.vocab_size:
+    if store.k is not None and store.k > info.vocab_size:
         raise ConfigError(
             "more head entries than the vocabulary has ids", where="store.k",
             expected=f"at most {info.vocab_size}", found=store.k, todo="lower store.k",
@@ -155,15 +165,39 @@ def _require_fit(
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a teacher's finished parts take on disk.
+
+    Attributes:
+        bytes: of all objects and manifests.
+        arrays: bytes of each array.
+        sampled: how many parts were looked at; arrays are scaled to all by blocks, manifests by parts.
+    """
+
+    bytes: int
+    arrays: dict[str, int]
+    sampled: int
+
+
+def stored(job: TeacherJob) -> Stored:
+    """Returns what the finished parts take, from at most `manifest.SAMPLE` manifests."""
+    arrays: dict[str, int] = {}
+    own, blocks, sampled, identity = 0, 0, 0, fingerprint(job.identity)
+    for vouched, size in manifest.sampled(job.root, job.done, lambda part: identity):
+        own, blocks, sampled = own + size, blocks + vouched.blocks, sampled + 1
+        for name, (size_of_object, _) in vouched.objects.items():
+            array = name.split("/")[1]
+            arrays[array] = arrays.get(array, 0) + size_of_object
+    share = job.layout.blocks_of(job.done) / blocks if blocks else 0.0
+    arrays = {name: round(size * share) for name, size in arrays.items()}
+    manifests = round(own * len(job.done) / max(1, sampled))
+    return Stored(sum(arrays.values()) + manifests, arrays, sampled)
+
+
 def stored_bytes(job: TeacherJob) -> int:
-    """Returns the bytes of a teacher's finished parts, their manifests counted."""
-    total = 0
-    for part in job.done:
-        vouched = manifest.load(job.root, part)
-        if vouched is not None:
-            total += sum(size for size, _ in vouched.objects.values())
-            total += manifest.path_of(job.root, part).stat().st_size
-    return total
+    """Returns the bytes of a teacher's finished parts, their manifests counted (see `stored`)."""
+    return stored(job).bytes
 
 
 def log_path(root: Path) -> Path:
@@ -181,15 +215,46 @@ def append_log(root: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_log(root: Path) -> list[dict[str, Any]]:
-    """Returns the measurements; a line cut by a crash is passed over."""
-    rows = []
+    """Returns the newest measurements (some 25,000); a line cut by a crash is passed over."""
     try:
-        lines = log_path(root).read_text().splitlines()
+        with log_path(root).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return []
+    rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):  # the first line may be the end of one: a number, say
+            rows.append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The sums of a log's newest measurements.
+
+    Attributes:
+        tokens, seconds: of these parts.
+        peak_bytes: the largest memory of one of them.
+        device: of the last one.
+    """
+
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    device: str
+
+
+def measured(root: Path) -> Measured | None:
+    """Returns the log's sums, None if nothing was measured."""
+    rows = read_log(root)
+    if not any(row["seconds"] for row in rows):
+        return None
+    return Measured(
+        sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows),
+        max(row["peak_bytes"] for row in rows), rows[-1]["device"],
+    )  # fmt: skip

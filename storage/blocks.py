@@ -75,6 +75,11 @@ class CorpusInfo:
         return -(-self.blocks // self.blocks_per_part)
 
     @property
+    def manifests(self) -> str:
+        """The fingerprint that the parts' manifests carry."""
+        return fingerprint(self.identity)
+
+    @property
     def tokens(self) -> int:
         return sum(source.tokens for source in self.sources)
 
@@ -122,8 +127,8 @@ def content_digest(blocks: TokenBlocks) -> str:
 
 def write_part(
     root: Path, identity_fingerprint: str, part: int, blocks: TokenBlocks, carry: dict[str, Any]
-) -> str:
-    """Writes and commits one part; returns its content digest.
+) -> None:
+    """Writes and commits one part.
 
     Args:
         carry: what the packer needs to go on after this part; kept in the manifest.
@@ -143,17 +148,16 @@ def write_part(
     with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
         writer.write_batch(batch)
     data = sink.getvalue()
-    name, content = object_name(part), content_digest(blocks)
+    name = object_name(part)
     durable.write_bytes(root / name, data)
     manifest.save(
         root,
         manifest.Manifest(
             fingerprint=identity_fingerprint, part=part, first_block=int(blocks.block_ids[0]),
             blocks=len(blocks.block_ids), objects={name: (len(data), bytes_sha256(data))},
-            carry={**carry, "content": content},
+            carry=carry,
         ),
     )  # fmt: skip
-    return content
 
 
 def save_info(root: Path, info: CorpusInfo) -> None:
@@ -190,6 +194,15 @@ def load_info(root: Path) -> CorpusInfo | None:
         )  # fmt: skip
     body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
     return CorpusInfo(**body)
+
+
+def stored_bytes(root: Path, info: CorpusInfo) -> tuple[int, int]:
+    """Returns (bytes of all parts and manifests, how many parts were looked at): scaled by blocks."""
+    size, blocks, sampled = 0, 0, 0
+    for vouched, own in manifest.sampled(root, range(info.parts), lambda part: info.manifests):
+        size += own + sum(n for n, _ in vouched.objects.values())
+        blocks, sampled = blocks + vouched.blocks, sampled + 1
+    return size * info.blocks // max(1, blocks), sampled
 
 
 class BlockReader:
@@ -241,16 +254,16 @@ class BlockReader:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        blocks = _read_part(self.root, part)
+        blocks = _read_part(self.root, part, self.info.manifests)
         self._open[part] = blocks
         if len(self._open) > _OPEN_PARTS:
             self._open.popitem(last=False)
         return blocks
 
 
-def _read_part(root: Path, part: int) -> TokenBlocks:
+def _read_part(root: Path, part: int, identity_fingerprint: str) -> TokenBlocks:
     path = root / object_name(part)
-    vouched = manifest.load(root, part)
+    vouched = manifest.load(root, part, identity_fingerprint)
     if vouched is None or not path.exists():
         raise MissingShard(
             "a part of the corpus is missing", where=path,

@@ -1,36 +1,38 @@
 """The lossy meaning of what is stored: float32 ↔ small integers, each with a stated error bound.
 
-Byte compression (pcodec, crc32c) is not here but in Zarr's codec chain (layout.py).
+Byte compression (pcodec, crc32c) is not here but in Zarr's codec chain (layout.py), and which ids a
+head holds is never lossy (orders.py).
+
+A preset says how a cache is meant: how many head entries and tail draws by default, and which codecs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from storage.types import AnyArray, Float32, UInt16
+from storage.types import LOG_ZERO, AnyArray, Float32, UInt16
 
 
 class LogprobCodec(Protocol):
     """Maps logprobs (float32, in [LOG_ZERO, 0]) to what is stored and back."""
 
-    name: ClassVar[str]
+    name: str
     dtype: ClassVar[str]
 
     def encode(self, logprobs: Float32) -> AnyArray: ...
 
     def decode(self, stored: AnyArray) -> Float32: ...
 
-    def to_dict(self) -> dict[str, Any]: ...
-
 
 @dataclass(frozen=True)
 class ExactLogprobs:
     """float32 as it is. Error: none."""
 
-    name: ClassVar[str] = "float32"
+    name: str = "float32"
     dtype: ClassVar[str] = "float32"
 
     def encode(self, logprobs: Float32) -> AnyArray:
@@ -39,47 +41,161 @@ class ExactLogprobs:
     def decode(self, stored: AnyArray) -> Float32:
         return stored.astype(np.float32)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
+
+_SLOPE = 4.0  # levels per nat, below the joint
+_LOWEST = 277  # levels below the joint
+_JOINT = 12  # a·p^(1/3) there: the derivative of a·e^(ℓ/3) is then 12/3 = _SLOPE
+_BASE = _LOWEST + 1 - _JOINT
 
 
 @dataclass(frozen=True)
-class RoundedMagnitude:
-    """The float32 bits of −logprob rounded to 8 mantissa bits, as uint16 (no sign: it is ≤ 0).
+class CubeRoot:
+    """Levels evenly spaced in p^(1/3), and evenly in log p where p is very small.
 
-    Error: |decoded − ℓ| ≤ 2^−9·|ℓ|, so a probability p is off by at most about |ln p|/512 of
-    itself: little where p is large, which is where forward KL feels it. 0 is exact.
+    Forward KL would have levels even in √p (error ∝ √p in log p costs every entry the same); the cube
+    root gives a little of that away at temperature 1 to keep temperature 2 precise. With a = `scale`,
+
+        level(ℓ) = b + a·e^(ℓ/3)          for ℓ ≥ ℓ₀ = 3·ln(12/a)
+        level(ℓ) = 277 + 1 + 4·(ℓ − ℓ₀)   for ℓ < ℓ₀, never below 1
+
+    rounded to the nearest integer, b = 278 − 12 = 266; level 0 is LOG_ZERO. At ℓ₀ the two agree in
+    value and slope.
+
+    Error: |p̂^(1/3) − p^(1/3)| ≤ 1/(2a) for ℓ ≥ ℓ₀; |ℓ̂ − ℓ| ≤ 1/8 for ℓ₀ − 69 ≤ ℓ < ℓ₀; what is below
+    (p < 10⁻³³) is raised to level 1, except that ℓ ≤ LOG_ZERO/2 stays LOG_ZERO. p = 1 is exact.
     """
 
-    name: ClassVar[str] = "rounded-magnitude-8"
+    scale: int
     dtype: ClassVar[str] = "uint16"
-    _SHIFT: ClassVar[int] = 23 - 8
+
+    @property
+    def name(self) -> str:
+        return f"cube-root-{self.scale}"
+
+    @property
+    def joint(self) -> float:
+        """ℓ₀, where the two kinds of levels meet."""
+        return float(3.0 * np.log(_JOINT / self.scale))
+
+    @cached_property
+    def levels(self) -> Float32:
+        """float32 [b + a + 1], the logprob of every level; the cache holds it as an array."""
+        index = np.arange(_BASE + self.scale + 1, dtype=np.float64)
+        low = self.joint + (index - (_LOWEST + 1)) / _SLOPE
+        root = np.maximum(index - _BASE, 1.0) / self.scale
+        table = np.where(index > _LOWEST, 3.0 * np.log(root), low)
+        table[0], table[-1] = LOG_ZERO, 0.0
+        return table.astype(np.float32)
 
     def encode(self, logprobs: Float32) -> AnyArray:
-        bits = np.ascontiguousarray(-logprobs, np.float32).view(np.uint32)
-        bits = bits & np.uint32(0x7FFFFFFF)  # −0.0 and 0.0 are one value
-        return ((bits + np.uint32(1 << (self._SHIFT - 1))) >> np.uint32(self._SHIFT)).astype(
-            np.uint16
-        )
+        third = np.exp(logprobs * np.float32(1 / 3))
+        level = np.float32(_BASE) + np.float32(self.scale) * third
+        low = logprobs < np.float32(self.joint)
+        if low.any():
+            below = _LOWEST + 1 + _SLOPE * (logprobs[low] - np.float32(self.joint))
+            level[low] = np.where(logprobs[low] <= LOG_ZERO / 2, 0.0, np.maximum(below, 1.0))
+        return np.rint(level).astype(np.uint16)
 
     def decode(self, stored: AnyArray) -> Float32:
-        bits = stored.astype(np.uint32) << np.uint32(self._SHIFT)
-        return -bits.view(np.float32)
+        return self.levels[stored]
+
+
+_FINE = 1024.0  # steps a nat of a statistic below 32 nats
+_COARSE = 4.0  # and above
+_LAST = 65535
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A statistic's magnitude |x| in nats as uint16: steps of 2⁻¹⁰ below 32, of 1/4 from there on.
+
+        code = round(1024·|x|)              for |x| < 32
+        code = 32768 + round(4·(|x| − 32))  up to code 65534; 65535 is |LOG_ZERO|
+
+    Error: 2⁻¹¹ nats below 32, 1/8 from there to 8,223.
+    """
+
+    name: str = "fixed-point-10"
+    dtype: ClassVar[str] = "uint16"
+
+    def encode(self, magnitude: Float32) -> AnyArray:
+        fine = np.rint(magnitude * np.float32(_FINE))
+        coarse = 32768.0 + np.rint((magnitude - np.float32(32.0)) * np.float32(_COARSE))
+        code = np.where(magnitude < 32.0, fine, coarse)
+        return np.clip(code, 0, _LAST).astype(np.uint16)
+
+    def decode(self, stored: AnyArray) -> Float32:
+        return _FIXED[stored]
+
+
+def _fixed_table() -> Float32:
+    code = np.arange(_LAST + 1, dtype=np.float64)
+    table = np.where(code <= 32768, code / _FINE, 32.0 + (code - 32768) / _COARSE)
+    table[_LAST] = -LOG_ZERO
+    return table.astype(np.float32)
+
+
+_FIXED = _fixed_table()
+
+
+@dataclass(frozen=True)
+class ExactStatistic:
+    """float32 magnitudes as they are. Error: none."""
+
+    name: str = "float32"
+    dtype: ClassVar[str] = "float32"
+
+    def encode(self, magnitude: Float32) -> AnyArray:
+        return magnitude.astype(np.float32)
+
+    def decode(self, stored: AnyArray) -> Float32:
+        return stored.astype(np.float32)
+
+
+DRAW_STEP = 0.25
+"""Nats: a draw's logprob is stored as round((floor − ℓ)/DRAW_STEP) below the row's least head entry.
+Error ≤ 1/8 nat. It only re-tempers draws (a factor p^(1/T−1)), where their own variance is far larger."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a cache is meant to be.
+
+    Attributes:
+        meaning: in words, for the format and the reference.
+        k, draws: head entries and tail draws a token unless the user says otherwise.
+        logprobs: codec of the head's logprobs.
+        statistics: codec of entropy, tail mass, gold logprob and log_z.
+    """
+
+    meaning: str
+    k: int
+    draws: int
+    logprobs: ExactLogprobs | CubeRoot
+    statistics: ExactStatistic | FixedPoint
+
+    @property
+    def exact(self) -> bool:
+        return isinstance(self.logprobs, ExactLogprobs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return {"logprobs": self.logprobs.name, "statistics": self.statistics.name}
 
 
-LOGPROB_CODECS: dict[str, LogprobCodec] = {
-    "exact": ExactLogprobs(),
-    "balanced": RoundedMagnitude(),
-}
-"""store.precision → codec."""
-
-
-def codec_named(name: str) -> LogprobCodec:
-    """Returns the codec whose `to_dict` carries this name (KeyError if there is none)."""
-    return {codec.name: codec for codec in LOGPROB_CODECS.values()}[name]
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(
+        "float32 logprobs and statistics, as computed", 64, 0, ExactLogprobs(), ExactStatistic()
+    ),
+    "balanced": Preset(
+        "near-lossless: the rounding costs a KL of about 2e-5 nats at temperature 1",
+        64, 0, CubeRoot(420), FixedPoint(),
+    ),
+    "compact": Preset(
+        "a small exact head, and draws that stand for the tail without bias",
+        16, 16, CubeRoot(280), FixedPoint(),
+    ),
+}  # fmt: skip
+"""store.preset → what it means."""
 
 
 def to_bfloat16(values: Float32) -> UInt16:
@@ -95,3 +211,4 @@ def to_bfloat16(values: Float32) -> UInt16:
 def from_bfloat16(stored: AnyArray) -> Float32:
     """Returns the float32 values of bfloat16 bits, exactly."""
     return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+

@@ -7,15 +7,18 @@ compressed by pcodec (lossless) and carries a crc32c; so does each shard's index
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from storage.codec import LOGPROB_CODECS, LogprobCodec
+from storage.codec import PRESETS, CubeRoot, Preset
+from storage.orders import NEAR, IdOrders
+from storage.types import AnyArray
 
-FORMAT = 1
+FORMAT = 2
 GROUP = "notes.zarr"
 PCODEC_LEVEL = 8
 
@@ -47,8 +50,11 @@ class Layout:
         blocks, blocks_per_part, block_length: N, the width of a part, T.
         vocab_size: V, the tokenizer's ids; a model's padding rows beyond it are left out of the
             softmax.
+        preset: "exact", "balanced" or "compact" (see codec.PRESETS).
         k: K, head entries a token.
-        precision: "exact" or "balanced" (see codec.LOGPROB_CODECS).
+        draws: S, tail draws a token.
+        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
+        seed: of the draws.
         temperatures: the grid of log_z.
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
@@ -59,38 +65,62 @@ class Layout:
     blocks_per_part: int
     block_length: int
     vocab_size: int
+    preset: str
     k: int
-    precision: str
+    draws: int
+    top_p: float
+    seed: int
     temperatures: tuple[float, ...]
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
 
     @property
-    def parts(self) -> int:
-        return -(-self.blocks // self.blocks_per_part)
+    def codecs(self) -> Preset:
+        """The codecs of the preset."""
+        return PRESETS[self.preset]
 
     @property
-    def logprob_codec(self) -> LogprobCodec:
-        return LOGPROB_CODECS[self.precision]
+    def draws_tempered(self) -> bool:
+        """Whether the draws' logprobs are stored: what temperatures other than 1 need of them."""
+        return self.draws > 0 and any(t != 1.0 for t in self.temperatures)
+
+    @property
+    def parts(self) -> int:
+        return -(-self.blocks // self.blocks_per_part)
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Returns (first block, one past the last block) of a part."""
         first = part * self.blocks_per_part
         return first, min(first + self.blocks_per_part, self.blocks)
 
+    def blocks_of(self, parts: Sequence[int]) -> int:
+        """Returns how many blocks some parts (distinct, ascending) hold together."""
+        count = len(parts) * self.blocks_per_part
+        if count and parts[-1] == self.parts - 1:  # the last part may be short
+            count += self.blocks - self.parts * self.blocks_per_part
+        return count
+
     def arrays(self) -> dict[str, ArraySpec]:
-        """Returns every array of the group by name."""
-        ids = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        """Returns every array that has a row a block, by name."""
+        logprobs, statistic = self.codecs.logprobs.dtype, self.codecs.statistics.dtype
         specs = {
-            "head_ids": self._per_token(ids, ("rank", self.k)),
-            "head_logprobs": self._per_token(self.logprob_codec.dtype, ("rank", self.k)),
-            "entropy": self._per_token("float32"),
-            "log_tail_mass": self._per_token("float32"),
-            "gold_logprob": self._per_token("float32"),
+            "head_ids": self._per_token(
+                self.rank_dtype, ("entry", self.k), _chunk_entries(self.k)
+            ),
+            "head_logprobs": self._per_token(logprobs, ("entry", self.k)),
+            "id_class": self._per_token("uint16"),
         }
+        if not self.codecs.exact:
+            specs["head_floor"] = self._per_token("uint16")
+        if self.draws:
+            specs["draw_ids"] = self._per_token(self.rank_dtype, ("draw", self.draws))
+        if self.draws_tempered:
+            specs["draw_logprobs"] = self._per_token(logprobs, ("draw", self.draws))
+        for name in ("entropy", "log_tail_mass", "gold_logprob"):
+            specs[name] = self._per_token(statistic)
         if self.temperatures:
-            specs["log_z"] = self._per_token("float32", ("temperature", len(self.temperatures)))
+            specs["log_z"] = self._per_token(statistic, ("temperature", len(self.temperatures)))
         if self.feature_layers:
             specs["feature_count"] = self._spec("int32", (self.segments,), ("segment",))
         for layer in self.feature_layers:
@@ -99,11 +129,20 @@ class Layout:
             )
         return specs
 
-    def _per_token(self, dtype: str, last: tuple[str, int] | None = None) -> ArraySpec:
-        tail = (last[1],) if last else ()
-        names = ("token", last[0]) if last else ("token",)
-        chunk = _chunk_tokens(self.block_length) if tail and tail[0] > 8 else self.block_length
-        return self._spec(dtype, (self.block_length, *tail), names, (chunk, *tail))
+    @property
+    def rank_dtype(self) -> str:
+        """The integer type that holds any rank of an id (see orders.py)."""
+        return "uint16" if min(NEAR, self.vocab_size) + self.vocab_size <= 1 << 16 else "uint32"
+
+    def _per_token(
+        self, dtype: str, first: tuple[str, int] | None = None, entries: int = 0
+    ) -> ArraySpec:
+        if first is None:
+            return self._spec(dtype, (self.block_length,), ("token",))
+        name, count = first
+        return self._spec(
+            dtype, (count, self.block_length), (name, "token"), (entries or count, self.block_length)
+        )
 
     def _spec(
         self,
@@ -136,16 +175,19 @@ class Layout:
         return cls(**fields)
 
 
-def _chunk_tokens(block_length: int) -> int:
-    """Inner chunks of 128–256 tokens where T allows; size hardly changes the ratio."""
-    for size in range(min(256, block_length), 63, -1):
-        if block_length % size == 0:
-            return size
-    return block_length
+def _chunk_entries(k: int) -> int:
+    """Returns how many head entries share a chunk: the largest divisor of K up to 16, or up to K/8.
+
+    Gaps between ids grow from entry to entry, so a chunk of few entries compresses better (3.3 B a
+    token at K = 64) until its own header outweighs that.
+    """
+    limit = max(16, k // 8)
+    best = max(d for d in range(1, limit + 1) if k % d == 0)
+    return best if best >= min(8, k) else k
 
 
-def create_group(path: Path, layout: Layout) -> None:
-    """Creates the group's metadata, with empty arrays, at `path`."""
+def create_group(path: Path, layout: Layout, orders: IdOrders) -> None:
+    """Creates the group at `path`: the orders of ids, and the metadata of all other arrays."""
     import zarr
     from zarr.codecs import Crc32cCodec
     from zarr.codecs.numcodecs import PCodec
@@ -159,6 +201,30 @@ def create_group(path: Path, layout: Layout) -> None:
                 serializer=PCodec(level=PCODEC_LEVEL), compressors=[Crc32cCodec()], fill_value=0,
                 dimension_names=spec.dimensions,
             )  # fmt: skip
+        for name, values, names in _tables(layout, orders):
+            array = group.create_array(
+                name, shape=values.shape, chunks=values.shape, dtype=values.dtype,
+                serializer=PCodec(level=PCODEC_LEVEL), compressors=[Crc32cCodec()], fill_value=0,
+                dimension_names=names, config={"write_empty_chunks": True},
+            )  # fmt: skip
+            array[...] = values
+
+
+def _tables(layout: Layout, orders: IdOrders) -> list[tuple[str, AnyArray, tuple[str, ...]]]:
+    """Returns the arrays that belong to the whole cache: name, values, dimensions."""
+    dtype = "uint16" if layout.vocab_size <= 1 << 16 else "uint32"
+    tables: list[tuple[str, AnyArray, tuple[str, ...]]] = [
+        ("near_ids", orders.near.astype(dtype), ("class", "rank")),
+        ("far_ids", orders.far.astype(dtype), ("rank",)),
+    ]
+    if isinstance(layout.codecs.logprobs, CubeRoot):
+        tables.append(("logprob_levels", layout.codecs.logprobs.levels, ("level",)))
+    return tables
+
+
+def order_names() -> list[str]:
+    """Returns the files that hold the orders of ids, relative to the cache folder."""
+    return [f"{GROUP}/near_ids/c/0/0", f"{GROUP}/far_ids/c/0"]
 
 
 def shard_name(array: str, part: int, dimensions: int) -> str:

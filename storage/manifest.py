@@ -2,18 +2,37 @@
 
 A manifest names the fingerprint of what the part belongs to, the part's block range, and the size
 and sha256 of every object. It carries a checksum of itself, so a flipped byte in it is seen too.
+
+Its file's name holds part and fingerprint, so one listing of the folder tells what is done, for
+10^6 parts in a few seconds, and no manifest is opened; contents are checked when a part is first
+read.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from storage import durable
 from storage.errors import CorruptShard, MissingShard, StaleCache
 from storage.fingerprint import canonical_json, file_sha256, fingerprint
+from storage.types import Int64
+
+PREFIX = 12
+"""Hex digits of the fingerprint in a manifest's name: 48 bits tell identities apart; the whole
+fingerprint stands inside and is compared when the manifest is read."""
+SAMPLE = 1000
+"""Manifests that are opened at most to say how much a cache takes."""
+
+_NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
 
 REDO = "delete this manifest and run the same command again: that part alone is made anew"
 
@@ -38,9 +57,97 @@ class Manifest:
     carry: dict[str, Any] = field(default_factory=dict)
 
 
-def path_of(root: Path, part: int) -> Path:
-    """Returns the manifest's place: `root/manifests/000123.json`."""
-    return root / "manifests" / f"{part:06d}.json"
+def path_of(root: Path, part: int, fingerprint: str) -> Path:
+    """Returns the manifest's place: `root/manifests/000123-0a1b2c3d4e5f.json`."""
+    return root / "manifests" / f"{part:06d}-{fingerprint[:PREFIX]}.json"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the names in a folder of manifests say.
+
+    Attributes:
+        parts: int64 [n], ascending; a part stands once per identity.
+        prefixes: 12 bytes [n], the first hex digits of each manifest's fingerprint.
+    """
+
+    parts: Int64
+    prefixes: npt.NDArray[np.bytes_]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def listing(root: Path) -> Listing:
+    """Lists a folder's manifests in one pass; other names (temporary files) are passed over.
+
+    Cost: about 2 µs and 100 bytes a manifest.
+    """
+    parts, prefixes = [], []
+    try:
+        with os.scandir(root / "manifests") as entries:
+            for entry in entries:
+                if found := _NAME.fullmatch(entry.name):
+                    parts.append(int(found[1]))
+                    prefixes.append(found[2].encode())
+    except FileNotFoundError:
+        pass
+    numbers = np.array(parts, np.int64)
+    order = np.argsort(numbers, kind="stable")
+    return Listing(numbers[order], np.array(prefixes, f"S{PREFIX}")[order])
+
+
+def done_parts(root: Path, expected: str) -> Int64:
+    """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
+
+    Args:
+        expected: fingerprint of what the parts must belong to.
+
+    Raises:
+        StaleCache: a part was made from something else.
+    """
+    listed = listing(root)
+    require_owners(root, listed, np.full(len(listed), expected[:PREFIX], f"S{PREFIX}"))
+    return listed.parts
+
+
+def require_owners(root: Path, listed: Listing, expected: npt.NDArray[np.bytes_]) -> None:
+    """Refuses manifests of another identity.
+
+    Args:
+        expected: prefix that each listed manifest should have.
+
+    Raises:
+        StaleCache: shows the first one with both sides.
+    """
+    foreign = np.flatnonzero(listed.prefixes != expected)
+    if len(foreign):
+        i = int(foreign[0])
+        found = listed.prefixes[i].decode()
+        raise StaleCache(
+            f"finished parts were made from something else ({len(foreign):,} of them)",
+            where=path_of(root, int(listed.parts[i]), found),
+            expected=f"fingerprint {expected[i].decode()}…", found=f"fingerprint {found}…",
+            todo="choose another folder, or delete this one to make it anew",
+        )  # fmt: skip
+
+
+def sampled(
+    root: Path, parts: Sequence[int], owner: Callable[[int], str]
+) -> Iterator[tuple[Manifest, int]]:
+    """Yields (manifest, bytes of its file) of at most SAMPLE finished parts, evenly spread.
+
+    Args:
+        owner: part → the fingerprint that its manifest carries.
+
+    Raises:
+        CorruptShard: a manifest's own checksum does not hold.
+    """
+    picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), SAMPLE)).round())
+    for part in (parts[int(i)] for i in picked):
+        vouched = load(root, part, owner(part))
+        if vouched is not None:
+            yield vouched, path_of(root, part, vouched.fingerprint).stat().st_size
 
 
 def describe(root: Path, paths: list[str]) -> dict[str, tuple[int, str]]:
@@ -59,16 +166,17 @@ def save(root: Path, manifest: Manifest) -> None:
         "carry": manifest.carry,
     }
     body["sha256"] = fingerprint(body)
-    durable.write_bytes(path_of(root, manifest.part), canonical_json(body))
+    durable.write_bytes(path_of(root, manifest.part, manifest.fingerprint), canonical_json(body))
 
 
-def load(root: Path, part: int) -> Manifest | None:
-    """Returns the part's manifest, or None if the part is not done.
+def load(root: Path, part: int, expected: str) -> Manifest | None:
+    """Returns the part's manifest, or None if the part is not done for this fingerprint.
 
     Raises:
         CorruptShard: the manifest's own checksum does not hold.
+        StaleCache: its name says this fingerprint, its content another.
     """
-    path = path_of(root, part)
+    path = path_of(root, part, expected)
     try:
         body = json.loads(path.read_bytes())
         checksum = body.pop("sha256")
@@ -82,6 +190,12 @@ def load(root: Path, part: int) -> Manifest | None:
             "a manifest's bytes are not those that were written", where=path, todo=REDO
         )
     body["objects"] = {p: (int(size), str(digest)) for p, (size, digest) in body["objects"].items()}
+    if body["fingerprint"] != expected or body["part"] != part:
+        raise StaleCache(
+            "a manifest is not what its name says", where=path,
+            expected=f"part {part} of fingerprint {expected[:16]}",
+            found=f"part {body['part']} of fingerprint {body['fingerprint'][:16]}", todo=REDO,
+        )  # fmt: skip
     return Manifest(**body)
 
 
@@ -89,20 +203,13 @@ def finished(root: Path, part: int, expected: str) -> Manifest | None:
     """Returns the manifest if the part is done and its objects are all there with their sizes.
 
     Raises:
-        StaleCache: the part was made from something else.
+        StaleCache: the manifest's content is of something else.
         MissingShard, CorruptShard: an object is gone or has another size.
     """
-    manifest = load(root, part)
+    manifest = load(root, part, expected)
     if manifest is None:
         return None
-    if manifest.fingerprint != expected:
-        raise StaleCache(
-            "a finished part was made from something else",
-            where=path_of(root, part),
-            expected=f"fingerprint {expected[:16]}",
-            found=f"fingerprint {manifest.fingerprint[:16]}",
-            todo="choose another folder, or delete this one to make it anew",
-        )
+    redo = REDO.replace("this manifest", str(path_of(root, part, expected)))
     for name, (size, _) in manifest.objects.items():
         path = root / name
         try:
@@ -110,12 +217,12 @@ def finished(root: Path, part: int, expected: str) -> Manifest | None:
         except FileNotFoundError:
             raise MissingShard(
                 "a file that its manifest vouches for is missing",
-                where=path, todo=REDO.replace("this manifest", str(path_of(root, part))),
+                where=path, todo=redo,
             ) from None  # fmt: skip
         if found != size:
             raise CorruptShard(
                 "a file has not the size that its manifest states",
                 where=path, expected=f"{size} bytes", found=f"{found} bytes",
-                todo=REDO.replace("this manifest", str(path_of(root, part))),
+                todo=redo,
             )  # fmt: skip
     return manifest

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import numpy as np
 
 from storage import manifest
 from storage.codec import from_bfloat16
-from storage.errors import IncompleteCache
+from storage.errors import ConfigError, CorruptShard, IncompleteCache
 from storage.fingerprint import fingerprint
 from storage.layout import Layout, shard_name
+from storage.notes import NotesDecoder
 from storage.shard import Shard
+from storage.tables import digest, load_orders
 from storage.types import (
     AnyArray,
     Int64,
     PooledFeatures,
     SparseLogits,
     TeacherNotes,
-    TokenStats,
 )
 from storage.writer import open_cache
 
@@ -39,12 +41,27 @@ class CacheReader:
     Args:
         root: the teacher's cache folder.
         name: the teacher's name, for messages.
+        k: how many of the head's entries are wanted, the most probable ones; all by default.
+        layers: which layers' features are wanted; all by default.
+
+    Attributes:
+        identity, layout: of the cache.
+        k, layers: what `read` gives.
 
     Raises (on construction):
-        IncompleteCache: no cache, or parts of it are not done.
+        IncompleteCache: no cache.
+        ConfigError: more entries or other layers than the cache holds, or fewer entries of a cache
+            with draws, which stand for the tail of its own head.
+        MissingShard, CorruptShard: its orders of ids are damaged.
     """
 
-    def __init__(self, root: Path, name: str = "") -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str = "",
+        k: int | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         opened = open_cache(root)
         if opened is None:
             raise IncompleteCache(
@@ -55,6 +72,11 @@ class CacheReader:
         self.layout: Layout = opened[1]
         self._fingerprint = fingerprint(self.identity)
         self._specs = self.layout.arrays()
+        self.k, self.layers = _wanted(root, self.layout, k, layers)
+        unwanted = {f"feature_{n}" for n in self.layout.feature_layers if n not in self.layers}
+        self._wanted = [name for name in self._specs if name not in unwanted]
+        orders = load_orders(root, self.layout)
+        self._decoder, self._orders = NotesDecoder(self.layout, orders), digest(orders)
         self._vouched: set[int] = set()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()
@@ -76,24 +98,31 @@ class CacheReader:
         return out
 
     def read(self, block_ids: Int64) -> TeacherNotes:
-        """Returns the teacher's notes on the blocks, decoded, in the order asked for."""
-        layout = self.layout
-        take: Callable[[str], Any] = lambda name: self.array(name, block_ids)  # noqa: E731
-        shape = (len(block_ids), layout.block_length, 0)
-        return TeacherNotes(
-            SparseLogits(
-                take("head_ids").astype(np.int32),
-                layout.logprob_codec.decode(take("head_logprobs")),
-            ),
-            TokenStats(
-                take("entropy"), take("log_tail_mass"), take("gold_logprob"),
-                take("log_z") if layout.temperatures else np.empty(shape, np.float32),
-            ),
+        """Returns the teacher's notes on the blocks, decoded, in the order asked for.
+
+        The arrays of the result are [n, T, …] views of [n, …, T]. Scratch memory is kept: one thread
+        at a time.
+        """
+        layout, packed = self.layout, self.packed(block_ids)
+        notes = TeacherNotes(
+            self._decoder.head(packed),
+            self._decoder.stats(packed),
             PooledFeatures(
-                take("feature_count") if layout.feature_layers else np.empty((*shape[:1], 0), np.int32),
-                {n: from_bfloat16(take(f"feature_{n}")) for n in layout.feature_layers},
+                packed["feature_count"],
+                {n: from_bfloat16(packed[f"feature_{n}"]) for n in self.layers},
             ),
-        )  # fmt: skip
+            self._decoder.draws(packed) if layout.draws else None,
+        )
+        return notes if self.k == layout.k else smaller_head(notes, self.k)
+
+    def packed(self, block_ids: Int64) -> dict[str, AnyArray]:
+        """Returns every array's blocks as stored, [n, …]: what `NotesDecoder` makes notes of."""
+        arrays = {name: self.array(name, block_ids) for name in self._wanted}
+        count, length = len(block_ids), self.layout.block_length
+        if not self.layout.temperatures:
+            arrays["log_z"] = np.empty((count, 0, length), np.float32)
+        arrays.setdefault("feature_count", np.empty((count, 0), np.int32))
+        return arrays
 
     def _shard(self, name: str, part: int) -> Shard:
         if self._pid != os.getpid():  # a forked worker opens its own files
@@ -114,9 +143,45 @@ class CacheReader:
     def _require_part(self, part: int) -> None:
         if part in self._vouched:
             return
-        if manifest.finished(self.root, part, self._fingerprint) is None:
+        vouched = manifest.finished(self.root, part, self._fingerprint)
+        if vouched is None:
             raise IncompleteCache(
                 f"part {part} of teacher {self.name!r} is not done", where=self.root,
                 todo="run `scholiast cache-teachers`",
             )  # fmt: skip
+        if vouched.carry.get("orders") != self._orders:
+            raise CorruptShard(
+                f"part {part} of teacher {self.name!r} was written with other orders of ids",
+                where=self.root, expected=str(vouched.carry.get("orders"))[:16],
+                found=self._orders[:16], todo="run `scholiast repair`",
+            )  # fmt: skip
         self._vouched.add(part)
+
+
+def _wanted(
+    root: Path, layout: Layout, k: int | None, layers: Sequence[int] | None
+) -> tuple[int, tuple[int, ...]]:
+    if k is not None and (not 1 <= k <= layout.k or (k < layout.k and layout.draws)):
+        raise ConfigError(
+            "the cache cannot serve this many head entries", where=root,
+            expected=f"k = {layout.k}" if layout.draws else f"1 to {layout.k}", found=k,
+            todo="choose another k, or cache again with another store.k",
+        )  # fmt: skip
+    if layers is not None and not set(layers) <= set(layout.feature_layers):
+        raise ConfigError(
+            "the cache does not hold these layers", where=root,
+            expected=f"some of {list(layout.feature_layers)}", found=list(layers),
+            todo="choose layers that are cached, or cache again with other feature_layers",
+        )  # fmt: skip
+    return k or layout.k, layout.feature_layers if layers is None else tuple(layers)
+
+
+def smaller_head(notes: TeacherNotes, k: int) -> TeacherNotes:
+    """Returns the notes with only the k most probable entries; the tail takes the others' mass."""
+    ids, logprobs = notes.head.ids, notes.head.logprobs
+    order = np.argpartition(-logprobs, k - 1, axis=-1)
+    kept = np.take_along_axis(logprobs, order[..., :k], -1)
+    dropped = np.exp(np.take_along_axis(logprobs, order[..., k:], -1)).sum(-1)
+    tail = np.log(np.maximum(np.exp(notes.stats.log_tail_mass) + dropped, np.float32(1e-38)))
+    head = SparseLogits(np.take_along_axis(ids, order[..., :k], -1), kept)
+    return replace(notes, head=head, stats=replace(notes.stats, log_tail_mass=np.minimum(tail, 0)))

@@ -29,7 +29,7 @@ class Shard:
     def __init__(self, path: Path, spec: ArraySpec, part: int) -> None:
         self.path, self.spec = path, spec
         self._todo = (
-            f"delete manifests/{part:06d}.json of this cache and run `scholiast cache-teachers` "
+            f"delete manifests/{part:06d}-*.json of this cache and run `scholiast cache-teachers` "
             "again: that part alone is made anew"
         )
         try:

@@ -87,12 +87,12 @@ class TokenBlocks:
 
 @dataclass(frozen=True)
 class SparseLogits:
-    """The head of a next-token distribution.
+    """The head of a next-token distribution: its most probable ids, in no particular order.
 
     Attributes:
-        ids: int32 [N, T, K], the K most probable ids, most probable first.
+        ids: int32 [N, T, K], distinct. Entries that a top-p cut left unused repeat an id of the row.
         logprobs: float32 [N, T, K], their logprobs under the full-vocabulary softmax at
-            temperature 1, never renormalised.
+            temperature 1, never renormalised; LOG_ZERO for unused entries.
     """
 
     ids: Int32
@@ -100,8 +100,25 @@ class SparseLogits:
 
 
 @dataclass(frozen=True)
+class TailDraws:
+    """S ids drawn from the tail in proportion to their probability at temperature 1.
+
+    With t the tail's mass, t·(count of an id)/S estimates its probability without bias.
+
+    Attributes:
+        ids: int32 [N, T, S]; an id drawn twice stands there twice.
+        logprobs: float32 [N, T, S], the ids' own logprobs at temperature 1; None where the cache
+            serves temperature 1 alone.
+    """
+
+    ids: Int32
+    logprobs: Float32 | None
+
+
+@dataclass(frozen=True)
 class TokenStats:
-    """Exact statistics of the full-vocabulary softmax, taken before any rounding.
+    """Statistics of the full-vocabulary softmax, taken from it exactly and then stored as the preset
+    says (`balanced`: to 2^−11 nats).
 
     Attributes:
         entropy: float32 [N, T], nats.
@@ -137,3 +154,26 @@ class TeacherNotes:
     head: SparseLogits
     stats: TokenStats
     features: PooledFeatures
+    draws: TailDraws | None = None
+
+
+@dataclass(frozen=True)
+class HostNotes:
+    """What a teacher noted about R rows, on the host and not encoded yet.
+
+    Attributes:
+        ids: int64 or int32 [R, K], most probable first; unused entries (top-p) repeat the first.
+        logprobs: float32 [R, K]; LOG_ZERO for unused entries.
+        draw_ids, draw_logprobs: int and float32 [R, S], in any order.
+        entropy, log_tail_mass, gold_logprob: float32 [R].
+        log_z: float32 [R, Z].
+    """
+
+    ids: AnyArray
+    logprobs: Float32
+    draw_ids: AnyArray
+    draw_logprobs: Float32
+    entropy: Float32
+    log_tail_mass: Float32
+    gold_logprob: Float32
+    log_z: Float32

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from storage.layout import (
     quiet_zarr,
     shard_name,
 )
+from storage.orders import IdOrders
 from storage.shard import Shard
+from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
 
 
@@ -81,19 +83,37 @@ def require_identity(root: Path, identity: Mapping[str, Any]) -> bool:
 class CacheWriter:
     """Writes one teacher's cache, a part at a time; any number of processes may do so at once.
 
+    Args:
+        root: the cache folder.
+        identity: what the cache is of.
+        layout: what it stores.
+        learn: gives the orders of ids (see orders.py); asked only if the cache has none yet.
+
+    Attributes:
+        orders: the cache's orders, with which its parts are to be encoded.
+
     Raises (on construction):
         StaleCache: `root` holds a cache of another identity.
         DiskFull: no space for the metadata.
     """
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
+    def __init__(
+        self,
+        root: Path,
+        identity: Mapping[str, Any],
+        layout: Layout,
+        learn: Callable[[], IdOrders],
+    ) -> None:
         import zarr
 
         self.root, self.layout = root, layout
         self.fingerprint = fingerprint(identity)
         require_identity(root, identity)
         with durable.disk_errors(root):
-            _make_group(root, layout)
+            _make_group(root, layout, learn)
+            self.orders = load_orders(root, layout)
+            save_spares(root)
+        self._carry = {"orders": digest(self.orders)}
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
@@ -129,7 +149,8 @@ class CacheWriter:
                 durable.fsync_file(self.root / path)
                 _fsync_folders(self.root, self.root / path)
             done = manifest.Manifest(
-                self.fingerprint, part, first, last - first, manifest.describe(self.root, names)
+                self.fingerprint, part, first, last - first, manifest.describe(self.root, names),
+                self._carry,
             )
             manifest.save(self.root, done)
         return done
@@ -173,14 +194,14 @@ def _fsync_folders(root: Path, path: Path) -> None:
             return
 
 
-def _make_group(root: Path, layout: Layout) -> None:
+def _make_group(root: Path, layout: Layout, learn: Callable[[], IdOrders]) -> None:
     """Creates the group under another name and renames it, so that no one sees half of it."""
     if (root / GROUP).exists():
         return
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".{GROUP}.{uuid.uuid4().hex}.tmp"
     try:
-        create_group(temporary, layout)
+        create_group(temporary, layout, learn())
         durable.fsync_tree(temporary)
         os.rename(temporary, root / GROUP)
     except OSError:

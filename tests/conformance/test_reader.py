@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,42 +12,84 @@ import pytest
 import zarr
 
 from storage import manifest
-from storage.codec import from_bfloat16, to_bfloat16
-from storage.errors import CorruptShard, IncompleteCache, MissingShard, StaleCache
-from storage.layout import GROUP, Layout
+from storage.codec import PRESETS, from_bfloat16, to_bfloat16
+from storage.errors import ConfigError, CorruptShard, IncompleteCache, MissingShard, StaleCache
+from storage.fingerprint import fingerprint
+from storage.layout import GROUP, Layout, order_names
+from storage.notes import encode_rows
+from storage.orders import IdOrders, learn_orders
 from storage.reader import CacheReader
-from storage.types import AnyArray
+from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
+from storage.tables import restore
 from storage.writer import CacheWriter
 
 LAYOUT = Layout(
-    blocks=7, blocks_per_part=3, block_length=384, vocab_size=70_000, k=10, precision="balanced",
-    temperatures=(1.5, 2.0), feature_layers=(2, 5), segments=2, hidden_size=6,
+    blocks=7, blocks_per_part=3, block_length=384, vocab_size=70_000, preset="balanced", k=32,
+    draws=5, top_p=1.0, seed=0, temperatures=(1.5, 2.0), feature_layers=(2, 5), segments=2, hidden_size=6,
 )  # fmt: skip
-IDENTITY = {"corpus": "c", "teacher": {"model.safetensors": "0"}, "store": {"k": 10}}
+IDENTITY = {"corpus": "c", "teacher": {"model.safetensors": "0"}, "store": {"k": 32}}
 
 
-def random_part(layout: Layout, part: int) -> dict[str, AnyArray]:
-    """Arrays of a part as they are stored; the last block's second half is padding: all zeros."""
-    generator = np.random.default_rng(part)
+def random_notes(layout: Layout, rows: int, seed: int) -> HostNotes:
+    """Notes on some rows as a teacher might make them: distinct ids, falling logprobs, empty tails."""
+    generator = np.random.default_rng(seed)
+    width = layout.k + layout.draws
+    skewed = (layout.vocab_size * generator.random((rows, 4 * width)) ** 3).astype(np.int64)
+    ids = np.stack([np.random.default_rng(i).permutation(np.unique(row))[:width] for i, row in
+                    enumerate(skewed)])  # fmt: skip
+    logits = np.sort(generator.normal(size=(rows, width)) * 4)[:, ::-1]
+    logp = (logits - np.log(np.exp(logits).sum(1, keepdims=True)) - 0.1).astype(np.float32)
+    logp[:3, 1:] = LOG_ZERO
+    logp[:3, 0] = 0.0
+    if layout.top_p < 1:
+        kept = np.arange(layout.k) < generator.integers(1, layout.k + 1, rows)[:, None]
+        ids[:, : layout.k] = np.where(kept, ids[:, : layout.k], ids[:, :1])
+        logp[:, : layout.k] = np.where(kept, logp[:, : layout.k], LOG_ZERO)
+    picked = generator.integers(layout.k, width, (rows, layout.draws)) if layout.draws else None
+    take = np.take_along_axis
+    statistic = -generator.random((rows, 3)).astype(np.float32) * 9
+    return HostNotes(
+        ids[:, : layout.k], logp[:, : layout.k],
+        ids[:, :0] if picked is None else take(ids, picked, 1),
+        logp[:, :0] if picked is None else take(logp, picked, 1),
+        -statistic[:, 0], statistic[:, 1], statistic[:, 2],
+        generator.random((rows, len(layout.temperatures))).astype(np.float32),
+    )  # fmt: skip
+
+
+def scored_rows(layout: Layout, part: int) -> Bool:
+    """Which rows of a part have notes: some do not, and the last block's second half is padding."""
     first, last = layout.part_range(part)
-    arrays: dict[str, AnyArray] = {}
-    for name, spec in layout.arrays().items():
-        shape = (last - first, *spec.shape[1:])
-        if np.dtype(spec.dtype).kind == "f":
-            arrays[name] = generator.normal(size=shape).astype(spec.dtype)
-        else:
-            top = min(layout.vocab_size, 1 << 15)
-            arrays[name] = generator.integers(0, top, shape).astype(spec.dtype)
-        if spec.dimensions[1] == "token" and last == layout.blocks:
-            arrays[name][-1, layout.block_length // 2 :] = 0
+    scored = np.random.default_rng(part).random((last - first, layout.block_length)) < 0.9
+    if last == layout.blocks:
+        scored[-1, layout.block_length // 2 :] = False
+    return scored
+
+
+def some_orders(layout: Layout = LAYOUT) -> IdOrders:
+    return learn_orders(random_notes(layout, 1500, 77).ids, layout.vocab_size)
+
+
+def random_part(layout: Layout, part: int, orders: IdOrders) -> dict[str, AnyArray]:
+    """Arrays of a part as they are stored."""
+    scored = scored_rows(layout, part)
+    arrays: dict[str, AnyArray] = {
+        name: np.zeros((len(scored), *spec.shape[1:]), spec.dtype)
+        for name, spec in layout.arrays().items()
+    }
+    generator = np.random.default_rng(part)
+    for name, array in arrays.items():
+        if name.startswith("feature"):
+            array[:] = generator.integers(0, 1 << 14, array.shape)
+    encode_rows(layout, orders, random_notes(layout, int(scored.sum()), part), scored, arrays)
     return arrays
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    writer = CacheWriter(tmp_path / "cache", IDENTITY, LAYOUT)
+    writer = CacheWriter(tmp_path / "cache", IDENTITY, LAYOUT, some_orders)
     for part in range(LAYOUT.parts):
-        writer.write_part(part, random_part(LAYOUT, part))
+        writer.write_part(part, random_part(LAYOUT, part, writer.orders))
     return tmp_path / "cache"
 
 
@@ -61,20 +105,79 @@ def test_bit_equal_to_zarr_python(root: Path) -> None:
             assert np.array_equal(reader.array(name, ids), plain[ids])
 
 
-def test_returns_what_was_written_decoded(root: Path) -> None:
-    stored = random_part(LAYOUT, 1)
-    notes = CacheReader(root).read(np.arange(3, 6))
-    assert np.array_equal(notes.head.ids, stored["head_ids"])
-    expected = LAYOUT.logprob_codec.decode(stored["head_logprobs"])
-    assert np.array_equal(notes.head.logprobs, expected)
-    assert np.array_equal(notes.stats.log_z, stored["log_z"])
-    assert np.array_equal(notes.features.layers[5], from_bfloat16(stored["feature_5"]))
+def sorted_rows(ids: AnyArray, values: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Rows as sets: by id, and the greater value first where an id repeats."""
+    order = np.lexsort((-values, ids), axis=-1)
+    return np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("vocab", [200, 70_000])
+def test_returns_what_was_written_decoded(
+    tmp_path: Path, preset: str, top_p: float, vocab: int
+) -> None:
+    layout = replace(LAYOUT, preset=preset, top_p=top_p, vocab_size=vocab)
+    writer = CacheWriter(tmp_path, IDENTITY, layout, lambda: some_orders(layout))
+    arrays = random_part(layout, 1, writer.orders)
+    writer.write_part(1, arrays)
+    notes, scored = CacheReader(tmp_path).read(np.arange(3, 6)), scored_rows(layout, 1)
+    wrote, codecs = random_notes(layout, int(scored.sum()), 1), layout.codecs
+    logprobs = codecs.logprobs.decode(codecs.logprobs.encode(wrote.logprobs))
+    expected = sorted_rows(wrote.ids, logprobs)
+    found_ids, found = sorted_rows(notes.head.ids[scored], notes.head.logprobs[scored])
+    if top_p < 1:  # an unused entry repeats an id of its row, which one is the encoder's affair
+        for ids in (expected[0], found_ids):
+            ids[(expected[1] if ids is expected[0] else found) <= LOG_ZERO] = -1
+        expected, (found_ids, found) = sorted_rows(*expected), sorted_rows(found_ids, found)
+    assert np.array_equal(found_ids, expected[0])
+    assert np.array_equal(found, expected[1])
+    assert notes.draws is not None and notes.draws.logprobs is not None
+    draws = sorted_rows(wrote.draw_ids, wrote.draw_logprobs)
+    found_ids, found = sorted_rows(notes.draws.ids[scored], notes.draws.logprobs[scored])
+    assert np.array_equal(found_ids, draws[0])
+    regular = draws[1] > LOG_ZERO / 2
+    if codecs.exact:
+        assert np.array_equal(found, draws[1])
+    elif top_p == 1:  # with a random cut a draw may lie above the floor
+        assert np.all(np.abs(found - draws[1])[regular] <= 0.126)
+    for name in ("entropy", "log_tail_mass", "gold_logprob"):
+        assert np.abs(getattr(notes.stats, name)[scored] - getattr(wrote, name)).max() <= 2.0**-11
+    assert np.abs(notes.stats.log_z[scored] - wrote.log_z).max() <= 2.0**-11
+    assert np.array_equal(notes.features.layers[5], from_bfloat16(arrays["feature_5"]))
     assert notes.features.layers[5].shape == (3, 2, 6)
+    assert np.all(notes.head.logprobs[~scored] == (0.0 if codecs.exact else LOG_ZERO))
+
+
+def test_smaller_head_gives_its_mass_to_the_tail(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, draws=0)
+    writer = CacheWriter(tmp_path, IDENTITY, layout, lambda: some_orders(layout))
+    writer.write_part(0, random_part(layout, 0, writer.orders))
+    ids, scored = np.arange(3), scored_rows(layout, 0)
+    whole, small = CacheReader(tmp_path).read(ids), CacheReader(tmp_path, k=4, layers=[5]).read(ids)
+    best = np.sort(whole.head.logprobs, -1)[..., ::-1]
+    assert np.array_equal(np.sort(small.head.logprobs, -1)[..., ::-1], best[..., :4])
+    mass = np.exp(whole.head.logprobs).sum(-1) + np.exp(whole.stats.log_tail_mass)
+    again = np.exp(small.head.logprobs).sum(-1) + np.exp(small.stats.log_tail_mass)
+    fits = scored & (mass <= 1)  # made-up masses may exceed 1; a tail is never more than all
+    np.testing.assert_allclose(again[fits], mass[fits], rtol=1e-5)
+    assert list(small.features.layers) == [5]
+    with pytest.raises(ConfigError, match="1 to 32"):
+        CacheReader(tmp_path, k=33)
+    with pytest.raises(ConfigError, match=r"\[2, 5\]"):
+        CacheReader(tmp_path, layers=[3])
+
+
+def test_draws_stand_for_their_own_head_only(root: Path) -> None:
+    with pytest.raises(ConfigError, match="k = 32"):
+        CacheReader(root, k=4)
+    with pytest.raises(ConfigError, match="k = 32"):
+        CacheReader(root, k=0)
 
 
 def test_each_part_owns_one_shard_of_each_array(root: Path) -> None:
     for part in range(LAYOUT.parts):
-        vouched = manifest.load(root, part)
+        vouched = manifest.load(root, part, fingerprint(IDENTITY))
         assert vouched is not None
         assert len(vouched.objects) == len(LAYOUT.arrays())
         assert all(f"/c/{part}/" in name for name in vouched.objects)
@@ -91,6 +194,31 @@ def test_flipped_byte_is_refused(root: Path, where: float) -> None:
         CacheReader(root).array("head_ids", np.arange(3, 6))
 
 
+def test_damaged_orders_are_refused_and_restored_from_their_spare(root: Path) -> None:
+    before = CacheReader(root).read(np.arange(7))
+    for name in order_names():
+        data = bytearray((root / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (root / name).write_bytes(data)
+        with pytest.raises(CorruptShard, match="scholiast repair"):
+            CacheReader(root)
+        assert restore(root) == [root / name]
+        (root / name).unlink()
+        with pytest.raises(MissingShard, match="orders"):
+            CacheReader(root)
+        assert restore(root) == [root / name] and restore(root) == []
+    assert np.array_equal(CacheReader(root).read(np.arange(7)).head.ids, before.head.ids)
+
+
+def test_part_is_not_read_with_other_orders(root: Path, tmp_path: Path) -> None:
+    other = learn_orders(random_notes(LAYOUT, 300, 5).ids, LAYOUT.vocab_size)
+    CacheWriter(tmp_path / "other", IDENTITY, LAYOUT, lambda: other)
+    for name in order_names():
+        shutil.copyfile(tmp_path / "other" / name, root / name)
+    with pytest.raises(CorruptShard, match="other orders of ids"):
+        CacheReader(root).read(np.array([0]))
+
+
 def test_truncated_and_missing_shards_are_refused(root: Path) -> None:
     path = root / GROUP / "entropy/c/0/0"
     path.write_bytes(path.read_bytes()[:-1])
@@ -102,7 +230,7 @@ def test_truncated_and_missing_shards_are_refused(root: Path) -> None:
 
 
 def test_part_without_manifest_is_not_read(root: Path) -> None:
-    manifest.path_of(root, 2).unlink()
+    manifest.path_of(root, 2, fingerprint(IDENTITY)).unlink()
     reader = CacheReader(root)
     reader.read(np.array([5]))
     with pytest.raises(IncompleteCache, match="part 2"):
@@ -111,17 +239,22 @@ def test_part_without_manifest_is_not_read(root: Path) -> None:
 
 def test_cache_of_another_identity_is_refused_with_both_sides(root: Path) -> None:
     other = {**IDENTITY, "store": {"k": 11}}
-    with pytest.raises(StaleCache, match=r"expected:\s+store\.k=11\n\s+found:\s+store\.k=10"):
-        CacheWriter(root, other, LAYOUT)
+    with pytest.raises(StaleCache, match=r"expected:\s+store\.k=11\n\s+found:\s+store\.k=32"):
+        CacheWriter(root, other, LAYOUT, some_orders)
 
 
 def test_part_of_another_identity_is_refused(root: Path) -> None:
-    with pytest.raises(StaleCache, match="manifests"):
-        manifest.finished(root, 0, "f" * 64)
+    """The listing's names tell; and a manifest whose name lies is refused when it is read."""
+    other = "f" * 64
+    with pytest.raises(StaleCache, match=r"expected:\s+fingerprint ffffffffffff…"):
+        manifest.done_parts(root, other)
+    manifest.path_of(root, 0, fingerprint(IDENTITY)).rename(manifest.path_of(root, 0, other))
+    with pytest.raises(StaleCache, match="not what its name says"):
+        manifest.finished(root, 0, other)
 
 
 def test_flipped_byte_in_a_manifest_is_refused(root: Path) -> None:
-    path = manifest.path_of(root, 1)
+    path = manifest.path_of(root, 1, fingerprint(IDENTITY))
     path.write_bytes(path.read_bytes().replace(b'"blocks":3', b'"blocks":2'))
     with pytest.raises(CorruptShard, match="manifest"):
         CacheReader(root).read(np.array([3]))
@@ -129,13 +262,14 @@ def test_flipped_byte_in_a_manifest_is_refused(root: Path) -> None:
 
 def test_writing_a_part_again_gives_the_same_bytes(root: Path) -> None:
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    CacheWriter(root, IDENTITY, LAYOUT).write_part(1, random_part(LAYOUT, 1))
+    writer = CacheWriter(root, IDENTITY, LAYOUT, some_orders)
+    writer.write_part(1, random_part(LAYOUT, 1, writer.orders))
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
 def test_wrong_arrays_are_refused(root: Path) -> None:
-    writer = CacheWriter(root, IDENTITY, LAYOUT)
-    arrays = random_part(LAYOUT, 1)
+    writer = CacheWriter(root, IDENTITY, LAYOUT, some_orders)
+    arrays = random_part(LAYOUT, 1, writer.orders)
     with pytest.raises(ValueError, match="entropy"):
         writer.write_part(1, {**arrays, "entropy": arrays["entropy"][:1]})
     with pytest.raises(ValueError, match="stored"):

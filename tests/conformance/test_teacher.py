@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Lab, make_model
 
-from stages.annotate import PartAnnotator, annotate_logits
+from stages.annotate import NoteRule, PartAnnotator, annotate_logits
 from stages.head import HeadRule, run_decoder
 from stages.options import TeacherOptions
 from stages.teacher import TeacherBackend, TransformersTeacher, require_fit
@@ -173,7 +173,8 @@ def test_non_finite_logits_are_refused_with_their_place(tmp_path: Path, value: f
 def test_certain_teacher_has_an_empty_tail_and_no_infinity() -> None:
     logits = torch.full((2, V), -500.0)
     logits[:, 3] = 500.0
-    notes = annotate_logits(logits, torch.tensor([3, 4]), 4, (2.0,))
+    uniform = torch.zeros(2, dtype=torch.float64)
+    notes = annotate_logits(logits, torch.tensor([3, 4]), NoteRule(4, (2.0,)), uniform)
     assert notes.log_tail_mass.tolist() == [LOG_ZERO, LOG_ZERO]
     assert notes.gold_logprob.tolist() == [0.0, -1000.0]
     assert notes.entropy.tolist() == [0.0, 0.0]

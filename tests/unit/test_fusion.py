@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.annotate import annotate_logits
+from stages.annotate import NoteRule, annotate_logits
 from stages.fusion import fuse, temper, temperature_column
 from stages.options import FusionOptions
 from stages.weighting import WEIGHTINGS
@@ -22,7 +22,8 @@ def logits(seed: int, rows: int = 9) -> torch.Tensor:
 
 
 def as_notes(seed: int, k: int = K, temperatures: tuple[float, ...] = (2.0,)) -> TeacherNotes:
-    notes = annotate_logits(logits(seed), torch.zeros(9, dtype=torch.int64), k, temperatures)
+    gold, uniform = torch.zeros(9, dtype=torch.int64), torch.zeros(9, dtype=torch.float64)
+    notes = annotate_logits(logits(seed), gold, NoteRule(k, temperatures), uniform)
 
     def block(value: torch.Tensor) -> Float32:
         return value[None].numpy().astype(np.float32)

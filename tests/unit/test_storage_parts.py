@@ -14,11 +14,11 @@ from hypothesis.extra.numpy import arrays
 
 from storage import durable
 from storage.codec import (
-    LOGPROB_CODECS,
+    PRESETS,
+    CubeRoot,
     ExactLogprobs,
-    LogprobCodec,
-    RoundedMagnitude,
-    codec_named,
+    ExactStatistic,
+    FixedPoint,
     from_bfloat16,
     to_bfloat16,
 )
@@ -26,34 +26,57 @@ from storage.errors import DiskFull
 from storage.fingerprint import differences, fingerprint
 from storage.types import LOG_ZERO, Float32
 
-LOGPROBS = arrays(np.float32, (3, 7), elements=st.floats(LOG_ZERO, 0.0, width=32))
+LOGPROBS = arrays(np.float32, (3, 7), elements=st.floats(LOG_ZERO / 2, 0.0, width=32))
+SCALES = sorted(
+    {p.logprobs.scale for p in PRESETS.values() if isinstance(p.logprobs, CubeRoot)} | {37}
+)
 
 
-ERRORS = {ExactLogprobs.name: 0.0, RoundedMagnitude.name: 2.0**-9}
-"""Codec → the relative error that its docstring states."""
-
-
-@pytest.mark.parametrize("preset", sorted(LOGPROB_CODECS))
-class TestCodecConformance:
-    """What every logprob codec must do."""
-
+@pytest.mark.parametrize("scale", SCALES)
+class TestCubeRoot:
     @given(values=LOGPROBS)
-    def test_error_is_within_the_stated_bound(self, preset: str, values: Float32) -> None:
-        codec: LogprobCodec = LOGPROB_CODECS[preset]
+    def test_error_is_within_the_stated_bound(self, scale: int, values: Float32) -> None:
+        codec = CubeRoot(scale)
         stored = codec.encode(values)
         assert stored.dtype == codec.dtype and stored.shape == values.shape
-        decoded = codec.decode(stored)
-        assert decoded.dtype == np.float32
-        # Below the smallest normal float32 the bound is absolute.
-        bound = ERRORS[codec.name] * np.abs(values.astype(np.float64)) + 1e-37
-        assert np.all(np.abs(decoded.astype(np.float64) - values) <= bound)
-        assert np.all(decoded <= 0.0) and np.all(np.isfinite(decoded))
+        decoded = codec.decode(stored).astype(np.float64)
+        exact = values.astype(np.float64)
+        root = np.abs(np.exp(decoded / 3) - np.exp(exact / 3)) <= 1 / (2 * scale) * 1.001
+        nats = np.abs(decoded - exact) <= 0.125 * 1.001
+        lowest = codec.joint - 69
+        assert np.all(np.where(exact >= codec.joint, root, nats | (exact < lowest)))
+        assert np.all(decoded[(exact < lowest) & (exact > LOG_ZERO / 2)] <= lowest + 0.3)
+        assert np.all(decoded <= 0.0)
 
-    def test_is_found_by_name_and_keeps_certainty(self, preset: str) -> None:
-        codec = LOGPROB_CODECS[preset]
-        assert codec_named(codec.to_dict()["name"]) == codec
-        zeros = np.array([0.0, -0.0], np.float32)
-        assert np.array_equal(codec.decode(codec.encode(zeros)), zeros)
+    def test_certainty_and_impossibility_are_exact(self, scale: int) -> None:
+        codec = CubeRoot(scale)
+        values = np.array([0.0, -0.0, LOG_ZERO], np.float32)
+        assert codec.decode(codec.encode(values)).tolist() == [0.0, 0.0, LOG_ZERO]
+
+    def test_levels_rise_and_are_stable(self, scale: int) -> None:
+        codec = CubeRoot(scale)
+        assert np.all(np.diff(codec.levels) > 0)
+        index = np.arange(len(codec.levels))
+        assert np.array_equal(codec.encode(codec.levels), index)
+
+
+@given(arrays(np.float32, 20, elements=st.floats(0.0, 8000.0, width=32)))
+def test_fixed_point_error(values: Float32) -> None:
+    codec = FixedPoint()
+    error = np.abs(codec.decode(codec.encode(values)) - values)
+    assert np.all(error <= np.where(values < 31.99, 2.0**-11, 0.125) * 1.001)
+
+
+def test_fixed_point_keeps_zero_and_log_zero() -> None:
+    codec = FixedPoint()
+    values = np.array([0.0, -LOG_ZERO], np.float32)
+    assert np.array_equal(codec.decode(codec.encode(values)), values)
+
+
+@given(LOGPROBS)
+def test_exact_codecs_change_nothing(values: Float32) -> None:
+    for codec in (ExactLogprobs(), ExactStatistic()):
+        assert np.array_equal(codec.decode(codec.encode(values)), values)
 
 
 @given(arrays(np.float32, 20, elements=st.floats(-(2.0**99), 2.0**99, width=32)))

@@ -1,0 +1,195 @@
+"""Notes ↔ the cache's integer arrays: ids as gaps between ranks, logprobs as levels above a floor.
+
+Encoding sorts each row's entries by the rank of their id in the row's class (orders.py) and keeps the
+gaps: the first entry its rank, each further one what its rank exceeds the one before by (≥ 1; 0 marks
+an entry left unused by a top-p cut). A level is kept relative to the row's least. Rows without notes
+are zeros. Arrays are [N, K, T], so that both directions are a few operations on vectors of T tokens.
+
+Shapes: N blocks, T tokens, K entries, S draws, Z temperatures, R rows with notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from storage.codec import DRAW_STEP, CubeRoot
+from storage.layout import Layout
+from storage.orders import IdOrders
+from storage.types import (
+    LOG_ZERO,
+    AnyArray,
+    Bool,
+    Int32,
+    Int64,
+    HostNotes,
+    SparseLogits,
+    TailDraws,
+    TokenStats,
+)
+
+_STATISTICS = ("entropy", "log_tail_mass", "gold_logprob")
+
+
+def encode_rows(
+    layout: Layout, orders: IdOrders, notes: HostNotes, scored: Bool, out: Mapping[str, AnyArray]
+) -> None:
+    """Encodes the notes on the scored rows of some blocks into the layout's arrays.
+
+    Args:
+        notes: of R rows.
+        scored: bool [N, T] with R true entries, in the rows' order.
+        out: the layout's arrays of these N blocks, zeroed; per-token arrays are filled in.
+    """
+    statistics = layout.codecs.statistics
+    classes = orders.classify(notes.ids)
+    out["id_class"][scored] = classes
+    ranks = orders.ranks[notes.ids, classes[:, None]]
+    levels = layout.codecs.logprobs.encode(notes.logprobs)
+    ranks, levels = _sorted_pairs(ranks, levels, orders)
+    _put(out["head_ids"], scored, _gaps(ranks))
+    if not layout.codecs.exact:
+        out["head_floor"][scored], levels = _above_floor(levels, layout.top_p < 1)
+    _put(out["head_logprobs"], scored, levels)
+    if layout.draws:
+        _encode_draws(layout, orders, notes, classes, scored, out)
+    for name in _STATISTICS:
+        out[name][scored] = statistics.encode(np.abs(getattr(notes, name)))
+    if layout.temperatures:
+        _put(out["log_z"], scored, statistics.encode(np.abs(notes.log_z)))
+
+
+def _sorted_pairs(
+    ranks: AnyArray, values: AnyArray, orders: IdOrders
+) -> tuple[AnyArray, AnyArray]:
+    """Returns ranks ascending [R, K] and the values that belong to them.
+
+    16-bit values travel with their rank through one sort of integers, several times quicker than an
+    argsort.
+    """
+    if values.dtype != np.uint16:
+        order = np.argsort(ranks, axis=1, kind="stable")
+        return np.take_along_axis(ranks, order, 1), np.take_along_axis(values, order, 1)
+    wide = np.uint64 if orders.stride > 1 << 16 else np.uint32
+    keys = (ranks.astype(wide) << wide(16)) | values
+    keys.sort(axis=1)
+    return keys >> wide(16), keys.astype(np.uint16)
+
+
+def _gaps(ranks: AnyArray) -> AnyArray:
+    gaps = ranks.copy()
+    gaps[:, 1:] -= ranks[:, :-1]
+    return gaps
+
+
+def _above_floor(levels: AnyArray, cut: bool) -> tuple[AnyArray, AnyArray]:
+    """Returns (floor [R], levels above it [R, K]); with a top-p cut 0 is kept for unused entries."""
+    if not cut:
+        floor = levels.min(1)
+        return floor, levels - floor[:, None]
+    unused = levels == 0
+    floor = np.where(unused, np.uint16(65535), levels).min(1) - np.uint16(1)
+    return floor, np.where(unused, np.uint16(0), levels - floor[:, None])
+
+
+def _encode_draws(
+    layout: Layout,
+    orders: IdOrders,
+    notes: HostNotes,
+    classes: Int64,
+    scored: Bool,
+    out: Mapping[str, AnyArray],
+) -> None:
+    ranks = orders.ranks[notes.draw_ids, classes[:, None]]
+    values: AnyArray = notes.draw_logprobs
+    codec = layout.codecs.logprobs
+    if isinstance(codec, CubeRoot):
+        floor = codec.levels[_floor_index(layout, out["head_floor"][scored])]
+        depth = np.rint((floor[:, None] - notes.draw_logprobs) / np.float32(DRAW_STEP))
+        values = np.clip(depth, 0, 65535).astype(np.uint16)
+    ranks, values = _sorted_pairs(ranks, values, orders)
+    _put(out["draw_ids"], scored, _gaps(ranks))
+    if layout.draws_tempered:
+        _put(out["draw_logprobs"], scored, values)
+
+
+def _floor_index(layout: Layout, floor: AnyArray) -> AnyArray:
+    """Returns the level of a row's least entry."""
+    return floor if layout.top_p == 1 else floor.astype(np.intp) + 1
+
+
+def _put(out: AnyArray, scored: Bool, rows: AnyArray) -> None:
+    """Writes rows [R, K] to the scored places of [N, K, T]."""
+    start = 0
+    for block, mask in zip(out, scored, strict=True):
+        stop = start + int(mask.sum())
+        block[:, mask] = rows[start:stop].T
+        start = stop
+
+
+class NotesDecoder:
+    """Turns one cache's integer arrays back into notes. Keeps scratch memory: one thread at a time.
+
+    Args:
+        layout, orders: of the cache.
+    """
+
+    def __init__(self, layout: Layout, orders: IdOrders) -> None:
+        self._layout, self._orders = layout, orders
+        shape = (max(layout.k, layout.draws), layout.block_length)
+        self._index = np.empty(shape, np.intp)
+
+    def head(self, arrays: Mapping[str, AnyArray]) -> SparseLogits:
+        """Returns the head; `head_ids` is turned into ranks in place."""
+        layout, codec = self._layout, self._layout.codecs.logprobs
+        ids = self._ids(arrays["head_ids"], arrays["id_class"])
+        stored = arrays["head_logprobs"]
+        if not isinstance(codec, CubeRoot):
+            return SparseLogits(ids.swapaxes(1, 2), stored.swapaxes(1, 2))
+        logprobs = np.empty(stored.shape, np.float32)
+        index = self._index[: layout.k]
+        for n, floor in enumerate(arrays["head_floor"]):
+            np.add(stored[n], floor, out=index, casting="unsafe", dtype=np.uint16)
+            if layout.top_p < 1:
+                index[stored[n] == 0] = 0
+            codec.levels.take(index, out=logprobs[n], mode="clip")
+        return SparseLogits(ids.swapaxes(1, 2), logprobs.swapaxes(1, 2))
+
+    def draws(self, arrays: Mapping[str, AnyArray]) -> TailDraws:
+        """Returns the draws; `draw_ids` is turned into ranks in place."""
+        layout, codec = self._layout, self._layout.codecs.logprobs
+        ids = self._ids(arrays["draw_ids"], arrays["id_class"]).swapaxes(1, 2)
+        if not layout.draws_tempered:
+            return TailDraws(ids, None)
+        logprobs = arrays["draw_logprobs"]
+        if isinstance(codec, CubeRoot):
+            floor = codec.levels[_floor_index(layout, arrays["head_floor"])][:, None]
+            logprobs = np.maximum(floor - logprobs * np.float32(DRAW_STEP), np.float32(LOG_ZERO))
+        return TailDraws(ids, logprobs.swapaxes(1, 2))
+
+    def stats(self, arrays: Mapping[str, AnyArray]) -> TokenStats:
+        """Returns the statistics with their signs."""
+        decode, grid = self._layout.codecs.statistics.decode, self._layout.temperatures
+        count, length = arrays["entropy"].shape
+        log_z = np.empty((count, len(grid), length), np.float32)
+        for i, temperature in enumerate(grid):  # Σ p^(1/τ) is above 1 for τ > 1 and below for τ < 1
+            np.multiply(
+                decode(arrays["log_z"][:, i]), 1.0 if temperature >= 1 else -1.0, out=log_z[:, i]
+            )
+        return TokenStats(
+            decode(arrays["entropy"]), -decode(arrays["log_tail_mass"]),
+            -decode(arrays["gold_logprob"]), log_z.swapaxes(1, 2),
+        )  # fmt: skip
+
+    def _ids(self, gaps: AnyArray, classes: AnyArray) -> Int32:
+        """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
+        orders, ids = self._orders, np.empty(gaps.shape, np.int32)
+        index = self._index[: gaps.shape[1]]
+        for n, first in enumerate(classes.astype(np.intp) * orders.stride):
+            block = gaps[n]
+            for k in range(1, len(block)):
+                np.add(block[k - 1], block[k], out=block[k])
+            np.add(block, first, out=index)
+            orders.ids.take(index, out=ids[n], mode="clip")
+        return ids

@@ -1,0 +1,103 @@
+"""The orders of ids as they lie in a cache: two small Zarr arrays, and a spare copy of each.
+
+Every part depends on them, so one bad byte would cost them all: `spare/` holds the same bytes, from
+which `scholiast repair` restores them. Each manifest carries their digest, so parts are never read with
+other orders than they were written with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from pcodec import standalone
+
+from storage import durable
+from storage.errors import CorruptShard, MissingShard
+from storage.layout import Layout, order_names
+from storage.orders import NEAR, IdOrders
+from storage.types import AnyArray
+
+
+def spare_name(name: str) -> str:
+    """Returns where the spare copy of an order's file lies, relative to the cache folder."""
+    return f"spare/{name.split('/')[1]}"
+
+
+def save_spares(root: Path) -> None:
+    """Copies the orders' files to `spare/`, unless copies are there.
+
+    Raises:
+        DiskFull: no space.
+    """
+    for name in order_names():
+        if not (root / spare_name(name)).exists():
+            durable.write_bytes(root / spare_name(name), (root / name).read_bytes())
+
+
+def load_orders(root: Path, layout: Layout) -> IdOrders:
+    """Returns the cache's orders of ids.
+
+    Raises:
+        MissingShard, CorruptShard: a file is gone or has other bytes than were written.
+    """
+    near, far = (read_table(root / name) for name in order_names())
+    depth = min(NEAR, layout.vocab_size)
+    if near.size % depth or max(near.max(), far.max()) >= layout.vocab_size:
+        raise _corrupt(root / order_names()[0], "the orders of ids do not fit the vocabulary")
+    return IdOrders(near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size)
+
+
+def digest(orders: IdOrders) -> str:
+    """Returns the sha256 of near and far as little-endian int32."""
+    data = orders.near.astype("<i4").tobytes() + orders.far.astype("<i4").tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_table(path: Path) -> AnyArray:
+    """Returns the values of an unsharded Zarr array's only chunk, flat.
+
+    Raises:
+        MissingShard, CorruptShard
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingShard("the orders of ids are missing", where=path, todo=_TODO) from None
+    body, stored = data[:-4], int.from_bytes(data[-4:], "little")
+    if google_crc32c.value(body) != stored:
+        raise _corrupt(path, "the orders of ids fail their crc32c")
+    values: AnyArray = standalone.simple_decompress(body)
+    return values
+
+
+def restore(root: Path) -> list[Path]:
+    """Puts spare copies in the place of damaged orders; returns what was restored.
+
+    Raises:
+        MissingShard, CorruptShard: the spare copy is damaged as well.
+    """
+    restored = []
+    for name in order_names():
+        try:
+            read_table(root / name)
+        except (MissingShard, CorruptShard):
+            read_table(root / spare_name(name))
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            temporary = root / f"{spare_name(name)}.tmp"
+            shutil.copyfile(root / spare_name(name), temporary)
+            durable.fsync_file(temporary)
+            temporary.replace(root / name)
+            durable.fsync_folder((root / name).parent)
+            restored.append(root / name)
+    return restored
+
+
+_TODO = "run `scholiast repair`, which restores them from their copy in spare/"
+
+
+def _corrupt(path: Path, what: str) -> CorruptShard:
+    return CorruptShard(what, where=path, todo=_TODO)

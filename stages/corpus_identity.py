@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from stages.documents import source_identity
@@ -12,6 +11,7 @@ from stages.options import CorpusOptions
 from storage.blocks import FORMAT, CorpusInfo, load_info
 from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
+from storage.remote import Root
 
 
 def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
@@ -36,17 +36,17 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
     }
 
 
-def begun_identity(root: Path) -> dict[str, Any] | None:
+def begun_identity(root: Root) -> dict[str, Any] | None:
     """Returns the identity of a preparation that was begun at `root`, if one was."""
     try:
-        begun: dict[str, Any] = json.loads((root / "begun.json").read_text())
+        begun: dict[str, Any] = json.loads((root / "begun.json").read_bytes())
     except (OSError, ValueError):
         return None
     return begun
 
 
 def require_corpus(
-    options: CorpusOptions, root: Path, memo: HashMemo
+    options: CorpusOptions, root: Root, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
     """Returns (identity, the corpus at `root` if it is complete).
 

@@ -19,6 +19,7 @@ from storage import durable
 from storage.errors import CorruptShard, MissingShard
 from storage.layout import Layout, order_names
 from storage.orders import NEAR, IdOrders
+from storage.remote import Root
 from storage.types import AnyArray
 
 
@@ -38,7 +39,7 @@ def save_spares(root: Path) -> None:
             durable.write_bytes(root / spare_name(name), (root / name).read_bytes())
 
 
-def load_orders(root: Path, layout: Layout) -> IdOrders:
+def load_orders(root: Root, layout: Layout) -> IdOrders:
     """Returns the cache's orders of ids.
 
     Raises:
@@ -57,7 +58,7 @@ def digest(orders: IdOrders) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(path: Path) -> AnyArray:
+def read_table(path: Root) -> AnyArray:
     """Returns the values of an unsharded Zarr array's only chunk, flat.
 
     Raises:
@@ -99,5 +100,5 @@ def restore(root: Path) -> list[Path]:
 _TODO = "run `scholiast repair`, which restores them from their copy in spare/"
 
 
-def _corrupt(path: Path, what: str) -> CorruptShard:
+def _corrupt(path: Root, what: str) -> CorruptShard:
     return CorruptShard(what, where=path, todo=_TODO)

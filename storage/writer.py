@@ -28,12 +28,13 @@ from storage.layout import (
     shard_name,
 )
 from storage.orders import IdOrders
+from storage.remote import Root
 from storage.shard import Shard
 from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
 
 
-def open_cache(root: Path) -> tuple[dict[str, Any], Layout] | None:
+def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
     """Returns (identity, layout) of the cache at `root`, or None if there is none.
 
     Raises:
@@ -61,7 +62,7 @@ def open_cache(root: Path) -> tuple[dict[str, Any], Layout] | None:
     return body["identity"], Layout.from_dict(body["layout"])
 
 
-def require_identity(root: Path, identity: Mapping[str, Any]) -> bool:
+def require_identity(root: Root, identity: Mapping[str, Any]) -> bool:
     """Returns whether a cache stands at `root`; refuses one that was made from something else.
 
     Raises:

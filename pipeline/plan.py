@@ -56,7 +56,7 @@ def make_plan(work: Workspace, rate: float | None = None) -> tuple[list[PlanRow]
     tokens = info.blocks * info.block_length if info else _estimate_tokens(work)
     length = work.config.corpus.block_length
     blocks = info.blocks if info else math.ceil(tokens / length)
-    parts = math.ceil(blocks / work.config.corpus.blocks_per_part)
+    parts = info.parts if info else math.ceil(blocks / work.config.corpus.blocks_per_part)
     facts = {"tokens": tokens, "blocks": blocks, "parts": parts, "estimated": info is None}
     rows = [_corpus_row(work, info, tokens, parts)]
     pace = _Pace(work, rate)
@@ -137,16 +137,16 @@ def _teacher_row(
         raw = 300.0 * COMPRESSION * work.config.store.entries / 64
         return PlanRow(label, 0, parts, raw * tokens, None, "model not here yet")
     if job is not None and not job.pending:
-        size = stored(job)
-        return PlanRow(label, parts, parts, size.bytes, None, f"done{_of(size.sampled, parts)}")
+        whole = stored(job)
+        return PlanRow(label, parts, parts, whole.bytes, None, f"done{_of(whole.sampled, parts)}")
     left = tokens
     if job is not None:
         left = job.layout.blocks_of(job.pending) * job.layout.block_length
     log = measured(work.config.cache_folder / name)
     if job is not None and job.done and log:
-        seconds, size = left * log.seconds / max(1, log.tokens), stored(job)
-        final = size.bytes * job.layout.blocks // job.layout.blocks_of(job.done)
-        basis = f"measured on finished parts{_of(size.sampled, len(job.done))}"
+        seconds, so_far = left * log.seconds / max(1, log.tokens), stored(job)
+        final = so_far.bytes * job.layout.blocks // job.layout.blocks_of(job.done)
+        basis = f"measured on finished parts{_of(so_far.sampled, len(job.done))}"
         return PlanRow(label, len(job.done), parts, final, seconds, basis)
     folder = locate(options.model, options.revision, f"teachers.{name}.model")
     layout = job.layout if job else _layout(work, folder, name, tokens)
@@ -173,7 +173,8 @@ def _layout(work: Workspace, folder: Path, name: str, tokens: int) -> Layout:
     return Layout(
         math.ceil(tokens / corpus.block_length), corpus.blocks_per_part, corpus.block_length,
         int(config.get("vocab_size") or 1 << 17), store.preset,
-        store.entries, store.drawn, store.top_p, store.seed, store.temperatures, work.config.teachers[name].feature_layers, store.segments, hidden_size(config),
+        store.entries, store.temperatures, work.config.teachers[name].feature_layers,
+        store.segments, hidden_size(config), store.drawn, store.top_p, store.seed,
     )  # fmt: skip
 
 

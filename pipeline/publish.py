@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError
-from storage.fingerprint import fingerprint
 from storage.push import push
 from storage.remote import RemotePath, require_local, root_of
+from storage.writer import owners
 
 
 def publish(work: Workspace, url: str) -> dict[str, int]:
@@ -27,8 +27,8 @@ def publish(work: Workspace, url: str) -> dict[str, int]:
             todo="give the URL of a store; a local folder can simply be copied",
         )  # fmt: skip
     info, jobs = work.finished_jobs()
-    sources = {"corpus": (require_local(work.config.corpus_folder, "corpus_dir"), info.manifests)}
-    sources |= {f"cache/{j.name}": (j.local_root, fingerprint(j.identity)) for j in jobs}
+    sources = {"corpus": (require_local(work.config.corpus_folder, "corpus_dir"), info.owners)}
+    sources |= {f"cache/{j.name}": (j.local_root, owners(j.identity, j.layout)) for j in jobs}
     sent = {}
     for name, (root, owner) in sources.items():
         work.progress.start(f"push {name}", 0, "byte")

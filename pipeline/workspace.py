@@ -82,7 +82,7 @@ class Workspace:
         info = self.prepare()
         jobs = self.jobs(info)
         for job in jobs:
-            if job.done:  # a cache.json that was lost is written again
+            if job.done and not (job.root / "cache.json").exists():  # it was lost
                 save_info(job.local_root, job.identity, job.layout)
         if any(job.pending for job in jobs):
             self._setup_torch()
@@ -148,7 +148,11 @@ class Workspace:
                 "train_blocks": [
                     [s.first_block, s.blocks] for s in info.sources if s.split == "train"
                 ],
-                "caches": {job.name: fingerprint(job.identity) for job in jobs}
+                "caches": {
+                    job.name: fingerprint(job.identity)
+                    for job in jobs
+                    if job.name in config.fused_teachers
+                }
                 if name == FUSED
                 else {},
                 "student": {
@@ -161,6 +165,7 @@ class Workspace:
                     mode="json",
                     exclude={
                         "baseline",
+                        "decode",
                         "workers",
                         "keep_checkpoints",
                         "checkpoint_every",
@@ -209,30 +214,46 @@ class Workspace:
         device = choose_device(self.config.device)
         model = build_student(self.config.student, self._student_folder(), device)
         require_student_fit(model, jobs[0].layout)
-        layouts = {job.name: job.layout for job in jobs}
+        fused = self.config.fused_teachers
+        layouts = {job.name: job.layout for job in jobs if job.name in fused}
         pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
         sizes = {n: one.hidden_size for n, one in layouts.items()}
         bf16 = run.train.precision == "bf16"
         student = DistilledStudent(model, run.loss, bf16, pairs, sizes).to(device)
         # Two readers: one is read ahead in a thread while the other serves an evaluation.
-        reader, evaluation = self.batch_reader(teachers=name == FUSED), self.batch_reader()
+        on_device = self.config.train.decode == "device"
+        reader = self.batch_reader(name == FUSED, on_device)
+        evaluation = self.batch_reader()
         threads = self.config.reading.fetch_threads
         Trainer(run, student, tokenizer, reader, evaluation, self.progress, threads).train()
 
-    def batch_reader(self, teachers: bool = True) -> BatchReader:
+    def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
         from stages.batches import BatchReader
         from storage.blocks import BlockReader
         from storage.reader import CacheReader
 
-        config = self.config
+        config, wanted = self.config, self._feature_layers()
         caches = {
-            name: CacheReader(config.cache_folder / name, name)
-            for name in (config.teachers if teachers else {})
+            name: CacheReader(config.cache_folder / name, name, config.fusion.k, wanted[name])
+            for name in (config.fused_teachers if teachers else ())
         }
         return BatchReader(
-            BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion
-        )
+            BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion,
+            on_device,
+        )  # fmt: skip
+
+    def _feature_layers(self) -> dict[str, tuple[int, ...]]:
+        """Returns which cached layers each fused teacher's features are read of."""
+        from stages.features import resolve_pairs
+
+        features, fused = self.config.loss.features, self.config.fused_teachers
+        stored = {name: self.config.teachers[name].feature_layers for name in fused}
+        pairs = resolve_pairs(features, stored)
+        return {
+            name: tuple(sorted({layer for _, teacher, layer in pairs if teacher == name}))
+            for name in fused
+        }
 
     # -- evaluation
 

@@ -31,6 +31,10 @@ SLICE_ROWS = 8
 """Rows annotated together on a CPU. Two buffers of 4 rows of 49,152 float32 a core stay in a cache of
 2 MB; fewer rows cost more in calls than they save."""
 
+GONE = -1e30
+"""Stands in a row of logits where the head was: its exponential is 0 at every temperature, and its
+product with that is 0, where −inf would give NaN."""
+
 
 @dataclass(frozen=True)
 class NoteRule:
@@ -149,23 +153,26 @@ def _sums(logits: Tensor, gold: Tensor, rule: NoteRule, uniform: Tensor, e: Tens
     head, ids = top_k(logits, rule.k)
     largest = head[:, :1].clone()
     head, below = head.sub_(largest), logits.sub_(largest)
-    powers = _exponentials(below, rule.temperatures, e)
-    total = powers[1.0]
+    gold = below.gather(-1, gold[:, None])[:, 0]
+    below.scatter_(-1, ids, GONE)
+    tails = _exponentials(below, rule.temperatures, e)
+    powers = {t: tail + (head / t).exp().sum(-1) for t, tail in tails.items()}
+    tail = tails[1.0]
     if rule.top_p < 1.0:
-        p = (head.double() - total.double().log()[:, None]).exp()
-        kept = torch.nn.functional.pad(p.cumsum(-1)[:, :-1], (1, 0)) < rule.top_p
+        head_e = head.exp()
+        before = torch.nn.functional.pad(head_e.double().cumsum(-1)[:, :-1], (1, 0))
+        kept = before < rule.top_p * powers[1.0][:, None]
+        below.scatter_(-1, ids, head.masked_fill(kept, GONE))
+        tail = e.scatter_(-1, ids, head_e.masked_fill(kept, 0.0)).sum(-1)
         ids = torch.where(kept, ids, ids[:, :1])
-        head = head.masked_fill_(~kept, LOG_ZERO)  # finite, so that 0·log 0 is 0
-    e.scatter_(-1, ids, 0.0)
+        head = head.masked_fill(~kept, LOG_ZERO)
+    draw_ids, drawn = ids[:, :0], head[:, :0]
     if rule.draws:
-        draw_ids, tail = draw(e, uniform, rule.draws)
         empty = (tail == 0.0)[:, None]
+        draw_ids = torch.where(empty, ids[:, :1], draw(e, uniform, rule.draws))
         drawn = below.gather(-1, draw_ids).masked_fill_(empty, LOG_ZERO)
-        draw_ids = torch.where(empty, ids[:, :1], draw_ids)
-    else:
-        draw_ids, drawn, tail = ids[:, :0], head[:, :0], e.sum(-1)
     return _Sums(
-        ids=ids, head=head, gold=below.gather(-1, gold[:, None])[:, 0], e=total, tail=tail,
+        ids=ids, head=head, gold=gold, e=powers[1.0], tail=tail,
         tail_cross=below.mul_(e).sum(-1),
         powers=torch.stack([powers[t] for t in rule.temperatures], -1)
         if rule.temperatures else head[:, :0],
@@ -177,12 +184,14 @@ def _exponentials(below: Tensor, temperatures: tuple[float, ...], e: Tensor) -> 
     """Returns Σ exp(below/τ) for each τ and for 1, and leaves exp(below) in `e`.
 
     exp(below) is the square of exp(below/2) where τ = 2 is asked for. Roots of exp(below) would be
-    as quick and wrong: it underflows below −103, where its τ-th roots still count.
+    no quicker, and wrong: it underflows below −103, where its τ-th roots still count.
     """
     sums: dict[float, Tensor] = {}
     for t in sorted({*temperatures, 1.0}, key=lambda t: (t == 1.0, t == 2.0)):
-        if t == 1.0:
-            torch.mul(e, e, out=e) if 2.0 in sums else torch.exp(below, out=e)
+        if t == 1.0 and 2.0 in sums:
+            torch.mul(e, e, out=e)
+        elif t == 1.0:
+            torch.exp(below, out=e)
         else:
             torch.mul(below, 1.0 / t, out=e).exp_()
         sums[t] = e.sum(-1)

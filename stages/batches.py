@@ -6,16 +6,17 @@ Shapes: B blocks, T tokens, R rows with a target, G segments, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.fusion import FusedTarget, fuse
+from stages.decode import DeviceDecoder, bfloat16
+from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
 from stages.options import FusionOptions
 from storage.blocks import BlockReader
-from storage.errors import StaleCache
+from storage.errors import ConfigError, StaleCache
 from storage.reader import CacheReader
 from storage.types import Int64, TokenBlocks
 
@@ -34,6 +35,8 @@ class Batch:
         features: (teacher, layer) → float32 [B, G, D].
         segment_weights: teacher → fused weight averaged over each segment's scored rows [B, G]
             (0 where a segment has none).
+        packed: teacher → arrays as the cache holds them, where they are decoded on the training
+            device (BatchReader.ready); else empty.
     """
 
     inputs: Tensor
@@ -45,6 +48,7 @@ class Batch:
     target: FusedTarget | None
     features: dict[tuple[str, int], Tensor]
     segment_weights: dict[str, Tensor]
+    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -70,6 +74,10 @@ class Batch:
             self, **move, target=target,
             features={key: value.to(device) for key, value in self.features.items()},
             segment_weights={key: value.to(device) for key, value in self.segment_weights.items()},
+            packed={
+                name: {key: value.to(device) for key, value in arrays.items()}
+                for name, arrays in self.packed.items()
+            },
         )  # fmt: skip
 
 
@@ -81,9 +89,11 @@ class BatchReader:
         caches: teacher → cache; empty for gold tokens alone.
         temperature: of the fused target.
         options: how the teachers are weighted.
+        on_device: leave the decoding to `ready`, on the training device.
 
     Raises (on construction):
         StaleCache: a cache belongs to another corpus.
+        ConfigError: a smaller head is to be decoded on the device.
     """
 
     def __init__(
@@ -92,8 +102,14 @@ class BatchReader:
         caches: Mapping[str, CacheReader],
         temperature: float,
         options: FusionOptions,
+        on_device: bool = False,
     ) -> None:
         for name, cache in caches.items():
+            if on_device and cache.k != cache.layout.k:
+                raise ConfigError(
+                    "a smaller head is not decoded on the device", where="fusion.k", found=cache.k,
+                    todo="set train.decode: cpu, or leave fusion.k out",
+                )  # fmt: skip
             if cache.identity["corpus"] != corpus.info.fingerprint:
                 raise StaleCache(
                     f"the cache of teacher {name!r} belongs to another corpus", where=cache.root,
@@ -102,6 +118,8 @@ class BatchReader:
                 )  # fmt: skip
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
+        self._on_device = on_device
+        self._decoders: dict[str, DeviceDecoder] = {}
 
     def read(self, block_ids: Int64) -> Batch:
         """Returns the batch of these blocks, on the CPU.
@@ -123,27 +141,61 @@ class BatchReader:
         return self._with_notes(batch, blocks) if self.caches else batch
 
     def _with_notes(self, batch: Batch, blocks: TokenBlocks) -> Batch:
+        if self._on_device:
+            packed = {
+                name: {key: torch.from_numpy(a) for key, a in cache.packed(blocks.block_ids).items()}
+                for name, cache in self.caches.items()
+            }
+            return replace(batch, packed=packed)
         notes = {name: cache.read(blocks.block_ids) for name, cache in self.caches.items()}
-        layout = next(iter(self.caches.values())).layout
-        target = fuse(
-            notes, blocks.scored, layout.temperatures, self.corpus.info.vocab_size,
-            self._temperature, self._options,
-        )  # fmt: skip
         features = {
             (name, layer): torch.from_numpy(values)
             for name, note in notes.items()
             for layer, values in note.features.layers.items()
         }
+        rows = {name: rows_of(note, blocks.scored) for name, note in notes.items()}
+        return self._fused(batch, rows, features)
+
+    def ready(self, batch: Batch, device: torch.device) -> Batch:
+        """Returns a batch of `read` on the training device, decoded and fused."""
+        batch = batch.to(device)
+        if not batch.packed:
+            return batch
+        for name, cache in self.caches.items():
+            if name not in self._decoders:
+                self._decoders[name] = DeviceDecoder(cache.layout, cache.orders, device)
+        rows = {
+            name: self._decoders[name].rows(arrays, batch.scored)
+            for name, arrays in batch.packed.items()
+        }
+        features = {
+            (name, layer): bfloat16(arrays[f"feature_{layer}"])
+            for name, arrays in batch.packed.items()
+            for layer in self.caches[name].layers
+        }
+        return replace(self._fused(batch, rows, features), packed={})
+
+    def _fused(
+        self,
+        batch: Batch,
+        rows: Mapping[str, NoteRows],
+        features: dict[tuple[str, int], Tensor],
+    ) -> Batch:
+        layout = next(iter(self.caches.values())).layout
+        target = fuse(
+            rows, layout.temperatures, self.corpus.info.vocab_size, self._temperature, self._options
+        )
         weights = {
             name: segment_means(row, batch.scored, layout.segments)
-            for name, row in zip(notes, target.weights, strict=True)
+            for name, row in zip(rows, target.weights, strict=True)
         }
         return replace(batch, target=target, features=features, segment_weights=weights)
 
 
 def segment_means(values_R: Tensor, scored_BT: Tensor, segments: int) -> Tensor:
     """Returns the mean of a row value over each segment's scored rows, float32 [B, G] (0 if none)."""
-    dense = torch.zeros(scored_BT.shape).masked_scatter_(scored_BT, values_R.float())
+    values = values_R.float()
+    dense = values.new_zeros(scored_BT.shape).masked_scatter_(scored_BT, values)
     length = scored_BT.shape[1]
     means = []
     for g in range(segments):

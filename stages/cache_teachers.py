@@ -99,10 +99,12 @@ def learning_blocks(layout: Layout) -> Int64:
     """Returns the blocks from which a cache's orders of ids are learned, evenly over the corpus.
 
     They are forwarded once more later: an eighth of a small corpus, LEARNING_TOKENS of a large one.
+    Of a corpus that has grown its first generation is taken.
     """
-    tokens = min(LEARNING_TOKENS, layout.blocks * layout.block_length // 8)
+    blocks = layout.until(1).blocks
+    tokens = min(LEARNING_TOKENS, blocks * layout.block_length // 8)
     count = max(1, tokens // layout.block_length)
-    return np.arange(count) * layout.blocks // count
+    return np.arange(count) * blocks // count
 
 
 def _do_part(

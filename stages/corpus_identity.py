@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stages.documents import source_identity
 from stages.model_files import locate, tokenizer_identity
 from stages.options import CorpusOptions
-from storage.blocks import FORMAT, CorpusInfo, load_info
-from storage.errors import StaleCache
+from storage.blocks import FORMAT, CorpusInfo, load_begun, load_info
+from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 from storage.remote import Root
 
@@ -36,13 +37,10 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
     }
 
 
-def begun_identity(root: Root) -> dict[str, Any] | None:
-    """Returns the identity of a preparation that was begun at `root`, if one was."""
-    try:
-        begun: dict[str, Any] = json.loads((root / "begun.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return begun
+def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
+    """Returns the identity as it was with the first so many sources."""
+    kept = dict(sorted(identity["sources"].items())[:sources])
+    return {**identity, "sources": kept}
 
 
 def require_corpus(
@@ -55,12 +53,50 @@ def require_corpus(
     """
     identity = corpus_identity(options, memo)
     info = load_info(root)
-    begun = info.identity if info is not None else begun_identity(root)
-    if begun is not None and fingerprint(begun) != fingerprint(identity):
-        expected, found = describe_differences(identity, begun)
-        raise StaleCache(
-            "the corpus was prepared from something else", where=root, expected=expected,
-            found=found, todo="restore the sources and options, name another corpus_dir, "
-            "or delete this folder to prepare the corpus again",
-        )  # fmt: skip
+    begun = load_begun(root)
+    stands = info.identity if info is not None else begun[0] if begun else None
+    if stands is not None and fingerprint(stands) != fingerprint(identity):
+        raise _other(identity, stands, root, grown=info is not None and _extends(identity, stands))
     return identity, info
+
+
+def require_appendable(
+    options: CorpusOptions, root: Path, memo: HashMemo
+) -> tuple[dict[str, Any], CorpusInfo]:
+    """Returns (identity, the complete corpus at `root`, whose sources it begins with).
+
+    Raises:
+        IncompleteCache: there is no complete corpus.
+        StaleCache: something else than sources at the end differs.
+    """
+    identity = corpus_identity(options, memo)
+    info = load_info(root)
+    if info is None:
+        raise IncompleteCache(
+            "there is no complete corpus to append to", where=root,
+            todo="run `scholiast prepare` with this configuration",
+        )  # fmt: skip
+    if identity != info.identity and not _extends(identity, info.identity):
+        raise _other(identity, info.identity, root, grown=False)
+    return identity, info
+
+
+def _extends(identity: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    count = len(earlier["sources"])
+    return count < len(identity["sources"]) and cut(identity, count) == earlier
+
+
+def _other(
+    identity: Mapping[str, Any], stands: Mapping[str, Any], root: Root, grown: bool
+) -> StaleCache:
+    expected, found = describe_differences(identity, stands)
+    todo = (
+        "restore the sources and options, name another corpus_dir, or delete this folder to prepare "
+        "the corpus again (`scholiast append` takes sources that are added after the last one)"
+    )
+    if grown:
+        todo = "run `scholiast append` to prepare the added sources, or name another corpus_dir"
+    return StaleCache(
+        "the corpus was prepared from something else", where=root, expected=expected,
+        found=found, todo=todo,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from stages.batches import BatchReader
 from stages.student import DistilledStudent
-from storage.types import Float32, Int64
+from storage.types import Int64
 
 OVERALL = "overall"
 
@@ -87,8 +87,9 @@ def teacher_perplexities(reader: BatchReader, block_ids: Int64) -> dict[str, dic
             if batch.target is None or not batch.rows:
                 continue
             scored = batch.scored.numpy()
-            gold = np.stack([_scored(reader, n, "gold_logprob", one, scored) for n in names])
-            entropy = np.stack([_scored(reader, n, "entropy", one, scored) for n in names])
+            stats = [reader.caches[name].stats(one) for name in names]
+            gold = np.stack([each.gold_logprob[scored] for each in stats])
+            entropy = np.stack([each.entropy[scored] for each in stats])
             weights = batch.target.weights.numpy()
             fused = np.log((weights * np.exp(gold.astype(np.float64))).sum(0) + 1e-300)
             for name, g, h, w in zip(names, gold, entropy, weights, strict=True):
@@ -97,11 +98,6 @@ def teacher_perplexities(reader: BatchReader, block_ids: Int64) -> dict[str, dic
             row = np.array([len(fused), -fused.sum(), 0.0, 0.0])
             sums["fused"][domain] = sums["fused"].get(domain, 0) + row
     return {name: _teacher_table(by_domain, name) for name, by_domain in sums.items()}
-
-
-def _scored(reader: BatchReader, name: str, array: str, ids: Int64, scored: Any) -> Float32:
-    values: Float32 = reader.caches[name].array(array, ids)[scored].astype(np.float32)
-    return values
 
 
 def _teacher_table(sums: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:

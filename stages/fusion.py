@@ -1,14 +1,16 @@
 """M teachers' notes + weights → one fused target for the rows that have one.
 
 Forward KL is linear in the target, so Σ_m w_m KL(t_m‖q) has the gradient of KL(Σ_m w_m t_m‖q), and
-fusing sparse targets is putting their weighted entries side by side. Each teacher's tail is one
-bucket: the ids outside that teacher's own head.
+fusing sparse targets is putting their weighted entries side by side. A teacher's tail is one bucket,
+the ids outside that teacher's own head; or, where the cache has draws, it is those draws, which
+estimate each id's probability without bias, and no bucket is left.
 
-Shapes: M teachers, R rows, K head entries.
+Shapes: M teachers, R rows, K entries (head and draws), S draws.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from stages.options import FusionOptions
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
-from storage.types import Bool, TeacherNotes
+from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class FusedTarget:
     """The fused target of R rows at one temperature.
 
     Attributes:
-        ids: int64 [M, R, K].
+        ids: int64 [M, R, K]. An id may stand twice; one of the entries then has p = 0.
         logp: [M, R, K], log of `p`.
-        p: [M, R, K], tempered head probabilities.
-        tail: [M, R], tempered mass outside the head; p summed over K, plus tail, is 1.
+        p: [M, R, K], tempered probabilities of head and draws.
+        tail: [M, R], tempered mass of the bucket; p summed over K, plus tail, is 1 (with draws at a
+            temperature other than 1: on average).
         weights: [M, R], ≥ 0, summing to 1 over M.
         vocab_size: V; a student's logits beyond it are padding and get target 0.
         temperature: of target and student.
@@ -52,20 +55,39 @@ class FusedTarget:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class NoteRows:
+    """One teacher's notes on R rows, on any device: what fusion needs of them.
+
+    Attributes:
+        ids, logprobs: [R, K], int64 and float32, the head.
+        entropy, log_tail: float32 [R].
+        log_z: float32 [R, Z].
+        draw_ids, draw_logprobs: [R, S], int64 and float32; None where there are none.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    log_tail: Tensor
+    log_z: Tensor
+    draw_ids: Tensor | None = None
+    draw_logprobs: Tensor | None = None
+
+
 def temper(
-    logprobs: Tensor, log_tail: Tensor, log_z: Tensor | None, temperature: float, complete: bool
+    logprobs: Tensor, log_tail: Tensor, log_z: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Brings a head at temperature 1 to temperature τ.
 
     p_τ = exp(ℓ/τ − log_z(τ)) on the head. At τ = 1 the exact tail mass is known and the head is
     scaled to what remains, which undoes the rounding of its logprobs on average; at τ ≠ 1 the tail is
-    what the exact partition leaves, 1 − Σ p_τ, never below 0.
+    what the exact partition leaves, 1 − Σ p_τ, never below 0, and 0 where it is 0 at τ = 1.
 
     Args:
         logprobs: [..., K].
         log_tail: [...].
         log_z: log Σ_v p_v^(1/τ) [...], None at τ = 1.
-        complete: whether the head holds the whole vocabulary (its tail is then exactly 0).
 
     Returns:
         (logp [..., K], p [..., K], tail [...]); p and tail sum to 1.
@@ -73,29 +95,76 @@ def temper(
     logp = logprobs if log_z is None else logprobs / temperature - log_z[..., None]
     p = logp.exp()
     mass = p.sum(-1)
-    if complete:
-        tail = torch.zeros_like(mass)
-    elif log_z is None:
+    if log_z is None:
         tail = log_tail.exp()
     else:
-        tail = (1.0 - mass).clamp_min(0.0)
+        tail = (1.0 - mass).clamp_min(0.0).masked_fill(log_tail <= LOG_ZERO / 2, 0.0)
     scale = (1.0 - tail) / mass
     return logp + scale.log()[..., None], p * scale[..., None], tail
 
 
+def spread_tail(
+    ids: Tensor, logprobs: Tensor | None, log_tail: Tensor, log_z: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Gives the tail's mass to its draws.
+
+    An id drawn c times of S estimates its probability, without bias, by c·t/S, with t the tail's mass;
+    at τ ≠ 1 by c·t/S · p^(1/τ − 1)/Σ_v p_v^(1/τ), which is the same id's tempered probability on
+    average. These sum to the tail at τ = 1, and to the tempered tail on average elsewhere.
+
+    Args:
+        ids: int64 [..., S]; equal ids stand side by side.
+        logprobs: [..., S] at temperature 1; needed at τ ≠ 1.
+        log_tail, log_z: [...], as for `temper`.
+
+    Returns:
+        (logp [..., S], p [..., S]): the first of equal ids carries all of them, the others nothing.
+    """
+    count = ids.shape[-1]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    run = first.cumsum(-1) - 1
+    times = torch.zeros_like(log_tail[..., None].expand(ids.shape)).contiguous()
+    times.scatter_add_(-1, run, torch.ones_like(times))
+    logp = log_tail[..., None] - math.log(count) + times.gather(-1, run).log()
+    if log_z is not None and logprobs is not None:
+        logp = logp + logprobs * (1.0 / temperature - 1.0) - log_z[..., None]
+    empty = (log_tail <= LOG_ZERO / 2)[..., None] | ~first
+    logp = logp.masked_fill(empty, LOG_ZERO)
+    return logp, logp.exp()
+
+
+def rows_of(note: TeacherNotes, scored: Bool) -> NoteRows:
+    """Returns the notes on the scored rows of some blocks, on the CPU.
+
+    Args:
+        scored: bool [N, T].
+    """
+
+    def rows(values: AnyArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values[scored]))
+
+    draws = note.draws
+    return NoteRows(
+        ids=rows(note.head.ids).long(), logprobs=rows(note.head.logprobs),
+        entropy=rows(note.stats.entropy), log_tail=rows(note.stats.log_tail_mass),
+        log_z=rows(note.stats.log_z),
+        draw_ids=None if draws is None else rows(draws.ids).long(),
+        draw_logprobs=None if draws is None or draws.logprobs is None else rows(draws.logprobs),
+    )  # fmt: skip
+
+
 def fuse(
-    notes: Mapping[str, TeacherNotes],
-    scored: Bool,
+    notes: Mapping[str, NoteRows],
     grid: tuple[float, ...],
     vocab_size: int,
     temperature: float,
     options: FusionOptions,
 ) -> FusedTarget:
-    """Returns the fused target of the scored rows of some blocks, on the CPU.
+    """Returns the fused target of some rows, on the device of the notes.
 
     Args:
-        notes: teacher → notes on the same blocks.
-        scored: bool [B, T].
+        notes: teacher → notes on the same rows.
         grid: temperatures whose log_z the caches hold.
         vocab_size: V.
         temperature: wanted.
@@ -104,20 +173,25 @@ def fuse(
         ConfigError: the caches cannot serve this temperature, or the weights are unusable.
     """
     column = temperature_column(temperature, grid)
-    pieces = []
-    for note in notes.values():
-        log_z = None if column is None else torch.from_numpy(note.stats.log_z[scored][:, column])
-        logprobs = torch.from_numpy(note.head.logprobs[scored])
-        log_tail = torch.from_numpy(note.stats.log_tail_mass[scored])
-        complete = logprobs.shape[-1] >= vocab_size
-        pieces.append(temper(logprobs, log_tail, log_z, temperature, complete))
-    entropy = np.stack([note.stats.entropy[scored] for note in notes.values()])
-    weights = WEIGHTINGS[options.weights](torch.from_numpy(entropy), list(notes), options)
-    ids = np.stack([note.head.ids[scored] for note in notes.values()])
-    return FusedTarget(
-        torch.from_numpy(ids.astype(np.int64)), torch.stack([a for a, _, _ in pieces]),
-        torch.stack([b for _, b, _ in pieces]), torch.stack([c for _, _, c in pieces]),
-        weights.contiguous(), vocab_size, temperature,
+    pieces = [_target(note, column, temperature) for note in notes.values()]
+    entropy = torch.stack([note.entropy for note in notes.values()])
+    weights = WEIGHTINGS[options.weights](entropy, list(notes), options)
+    ids, logp, p, tail = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+    return FusedTarget(ids, logp, p, tail, weights.contiguous(), vocab_size, temperature)
+
+
+def _target(
+    note: NoteRows, column: int | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns one teacher's (ids, logp, p, tail)."""
+    log_z = None if column is None else note.log_z[:, column]
+    logp, p, tail = temper(note.logprobs, note.log_tail, log_z, temperature)
+    if note.draw_ids is None:
+        return note.ids, logp, p, tail
+    more = spread_tail(note.draw_ids, note.draw_logprobs, note.log_tail, log_z, temperature)
+    return (
+        torch.cat([note.ids, note.draw_ids], -1), torch.cat([logp, more[0]], -1),
+        torch.cat([p, more[1]], -1), torch.zeros_like(tail),
     )  # fmt: skip
 
 

@@ -117,7 +117,6 @@ class StoreOptions(Options):
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
 
-
     @property
     def entries(self) -> int:
         """K: what was asked for, or the preset's."""
@@ -138,6 +137,13 @@ class FusionOptions(Options):
     tau: Positive = Field(1.0, description="entropy: temperature of the weights, nats.")
     static: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
         default_factory=dict, description="static: teacher → weight (normalised)."
+    )
+    teachers: tuple[str, ...] | None = Field(
+        None, description="The cached teachers to fuse; all if not given."
+    )
+    k: Count | None = Field(
+        None, description="Head entries to use, the most probable ones; all that are cached if not "
+        "given."
     )
 
 
@@ -192,6 +198,10 @@ class TrainOptions(Options):
     steps: Count | None = Field(None, description="Optimizer steps, in place of `epochs`.")
     batch_blocks: Count = Field(1, description="Blocks of one forward and backward.")
     accumulate: Count = Field(1, description="Batches of one optimizer step.")
+    decode: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="Where notes are unpacked; device: packed integers go to it, a third of the bytes.",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Processes that read and fuse ahead; 0: a thread. The batches are the same."
     )

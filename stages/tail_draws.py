@@ -17,7 +17,7 @@ from torch import Tensor
 DEPTH = 32
 
 
-def draw(weights_RV: Tensor, uniform_R: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+def draw(weights_RV: Tensor, uniform_R: Tensor, draws: int) -> Tensor:
     """Draws from weights, by points (u + i)/S of their sum.
 
     Group sums are float32 sums of 32 numbers; everything summed over groups is float64, so an id's
@@ -30,7 +30,7 @@ def draw(weights_RV: Tensor, uniform_R: Tensor, draws: int) -> tuple[Tensor, Ten
 
     Returns:
         int64 ids [R, S] of positive weight, wherever the row has any (else in range, and to be
-        replaced), and the weights' sum [R]. A row's result depends on the row alone.
+        replaced). A row's depend on the row alone.
     """
     width = weights_RV.shape[-1]
     depth = min(DEPTH, width)
@@ -53,8 +53,7 @@ def draw(weights_RV: Tensor, uniform_R: Tensor, draws: int) -> tuple[Tensor, Ten
     inside_ends = inside.masked_fill_(ids >= width, 0.0).cumsum(-1, dtype=torch.float64)
     sums = inside_ends[..., -1:]
     at = torch.searchsorted(inside_ends, _under(share[..., None] * sums, sums), right=True)
-    drawn = ids.gather(-1, at.clamp_max_(depth - 1))[..., 0].clamp_max_(width - 1)
-    return drawn, total[:, 0].to(weights_RV.dtype)
+    return ids.gather(-1, at.clamp_max_(depth - 1))[..., 0].clamp_max_(width - 1)
 
 
 def _under(points: Tensor, total: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ from stages.model_files import (
 from stages.options import StoreOptions, TeacherOptions
 from storage import manifest
 from storage.blocks import CorpusInfo
+from storage.durable import disk_errors
 from storage.errors import ConfigError, TeacherError
-from storage.fingerprint import HashMemo, fingerprint
+from storage.fingerprint import HashMemo
+from storage.generations import Generation
 from storage.layout import FORMAT, Layout
 from storage.remote import Root, require_local
-from storage.writer import require_identity
+from storage.writer import owners, require_identity
 
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
@@ -112,6 +114,7 @@ def _job(
         k=min(store.entries, info.vocab_size) if store.k is None else store.k,
         draws=store.drawn, top_p=store.top_p, seed=store.seed, temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
+        generations=_generations(info),
     )  # fmt: skip
     identity = {
         "format": FORMAT,
@@ -130,12 +133,18 @@ def _job(
             "feature_layers": list(options.feature_layers),
         },
     }
-    require_identity(root, identity)
-    done = manifest.done_parts(root, fingerprint(identity))
+    require_identity(root, identity, layout)
+    done = manifest.done_parts(root, owners(identity, layout))
     pending = np.setdiff1d(np.arange(layout.parts), done, assume_unique=True)
     return TeacherJob(
         name, options, folder, root, identity, layout, tuple(done.tolist()), tuple(pending.tolist())
     )
+
+
+def _generations(info: CorpusInfo) -> tuple[Generation, ...]:
+    if len(info.generations) == 1:
+        return ()
+    return tuple(Generation(g.first_part, g.blocks, g.fingerprint) for g in info.generations)
 
 
 def _require_fit(
@@ -189,8 +198,8 @@ class Stored:
 def stored(job: TeacherJob) -> Stored:
     """Returns what the finished parts take, from at most `manifest.SAMPLE` manifests."""
     arrays: dict[str, int] = {}
-    own, blocks, sampled, identity = 0, 0, 0, fingerprint(job.identity)
-    for vouched, size in manifest.sampled(job.root, job.done, lambda part: identity):
+    own, blocks, sampled = 0, 0, 0
+    for vouched, size in manifest.sampled(job.root, job.done, owners(job.identity, job.layout)):
         own, blocks, sampled = own + size, blocks + vouched.blocks, sampled + 1
         for name, (size_of_object, _) in vouched.objects.items():
             array = name.split("/")[1]
@@ -212,12 +221,18 @@ def log_path(root: Root) -> Root:
 
 
 def append_log(root: Path, row: Mapping[str, Any]) -> None:
-    """Appends one measurement; a single write, so that concurrent tasks do not mix lines."""
-    fd = os.open(root / "log.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(fd, (json.dumps(row) + "\n").encode())
-    finally:
-        os.close(fd)
+    """Appends one measurement; a single write, so that concurrent tasks do not mix lines.
+
+    Raises:
+        DiskFull
+    """
+    path = root / "log.jsonl"
+    with disk_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(fd, (json.dumps(row) + "\n").encode())
+        finally:
+            os.close(fd)
 
 
 def read_log(root: Root) -> list[dict[str, Any]]:

@@ -44,12 +44,19 @@ def top_k(values_RW: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = slices.gather(2, index).flatten(1)
     if whole < values_RW.shape[-1]:
         candidates = torch.cat([candidates, values_RW[:, whole:]], -1)
-    array = candidates.numpy()
-    at = _largest(array, k)
-    at = np.take_along_axis(at, np.argsort(-np.take_along_axis(array, at, 1), axis=1), 1)
-    ids = at // k * groups + np.take_along_axis(chosen, at % k, 1)
-    ids = np.where(at < depth * k, ids, at + (whole - depth * k))
-    return candidates.gather(-1, torch.from_numpy(at)), torch.from_numpy(ids)
+    at, top = _ordered(candidates.numpy(), k)
+    part, group = np.divmod(at, k)
+    ids = part * groups + np.take_along_axis(chosen, group, 1)
+    ids = np.where(part < depth, ids, at + (whole - depth * k))
+    return torch.from_numpy(top), torch.from_numpy(ids)
+
+
+def _ordered(values: AnyArray, k: int) -> tuple[Int64, AnyArray]:
+    """Returns the columns of each row's k largest entries, largest first, and these entries."""
+    at = _largest(values, k)
+    order = np.take_along_axis(values, at, 1).argsort(axis=1)[:, ::-1]
+    at = np.take_along_axis(at, order, 1)
+    return at, np.take_along_axis(values, at, 1)
 
 
 def _largest(values: AnyArray, k: int) -> Int64:

@@ -86,7 +86,8 @@ def _require_identity(run: Run, found: dict[str, Any], where: Path) -> None:
         ours, theirs = describe_differences(run.identity, found)
         raise CheckpointError(
             "the folder holds another run", where=where, expected=ours, found=theirs,
-            todo=f"restore those settings, name another run_dir, or delete {run.folder}",
+            todo="restore those settings, or name another run_dir (and in corpus_dir and cache_dir what "
+            f"is there now), or delete {run.folder}",
         )  # fmt: skip
 
 
@@ -159,7 +160,7 @@ class Trainer:
             self._log({"step": 0, "heldout": self._evaluate()})
         while self.step < run.steps:
             batches, position = next(stream)
-            row = self._optimize([batch.to(self.device) for batch in batches])
+            row = self._optimize([self.reader.ready(batch, self.device) for batch in batches])
             self.step, self.position = self.step + 1, position
             self.tokens += row["rows"]
             self.seconds = before + usage.seconds

@@ -23,10 +23,11 @@ import pyarrow as pa
 from storage import durable, manifest
 from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
+from storage.generations import Generation, part_of, part_range, parts_until
 from storage.remote import RemotePath, Root, open_object
 from storage.types import AnyArray, Bool, Int64, TokenBlocks
 
-FORMAT = 1
+FORMAT = 2
 _OPEN_PARTS = 64  # decoded parts a reader keeps; a part is some hundred kB to a few MB
 
 
@@ -50,17 +51,32 @@ class SourceRange:
 
 
 @dataclass(frozen=True)
+class CorpusGeneration(Generation):
+    """A generation of a corpus.
+
+    Attributes:
+        sources: how many of the configured sources are packed at its end.
+        identity: fingerprint of the corpus's identity with these sources; its manifests carry it.
+    """
+
+    sources: int
+    identity: str
+
+
+@dataclass(frozen=True)
 class CorpusInfo:
     """What `corpus.json` states.
 
     Attributes:
         identity: sources, tokenizer and packing, as a nested dict.
-        fingerprint: of identity and of every token, document, offset and mask.
+        fingerprint: of every token, document, offset and mask, and of how they are cut; the last
+            generation's.
         tokenizer: the tokenizer's own fingerprint.
         vocab_size: number of ids the tokenizer knows (largest id + 1).
         block_length: T.
-        blocks, blocks_per_part: N, and the width of a part.
+        blocks, blocks_per_part: how many blocks there are, and the width of a part.
         sources: in block order.
+        generations: what was packed at one time, in order; between two of them ids may be missing.
     """
 
     identity: dict[str, Any]
@@ -71,15 +87,19 @@ class CorpusInfo:
     blocks: int
     blocks_per_part: int
     sources: tuple[SourceRange, ...]
+    generations: tuple[CorpusGeneration, ...]
 
     @property
     def parts(self) -> int:
-        return -(-self.blocks // self.blocks_per_part)
+        return parts_until(self.generations, self.blocks_per_part)
 
     @property
-    def manifests(self) -> str:
-        """The fingerprint that the parts' manifests carry."""
-        return fingerprint(self.identity)
+    def owners(self) -> manifest.Owners:
+        """The fingerprints that the parts' manifests carry."""
+        return manifest.Owners(
+            tuple(g.first_part for g in self.generations),
+            tuple(g.identity for g in self.generations),
+        )
 
     @property
     def tokens(self) -> int:
@@ -91,8 +111,7 @@ class CorpusInfo:
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Returns (first block, one past the last block) of a part."""
-        first = part * self.blocks_per_part
-        return first, min(first + self.blocks_per_part, self.blocks)
+        return part_range(self.generations, self.blocks_per_part, part)
 
     def block_ids(self, split: str, domain: str | None = None) -> Int64:
         """Returns the ids, int64 and ascending, of a split's blocks (of one domain if named)."""
@@ -162,9 +181,33 @@ def write_part(
     )  # fmt: skip
 
 
+def save_begun(
+    root: Path, identity: dict[str, Any], generations: Sequence[tuple[int, str]]
+) -> None:
+    """Says what is being prepared, before the first part is.
+
+    Args:
+        generations: of each, how many sources there are at its end, and the fingerprint of the
+            identity with these.
+    """
+    body = {"identity": identity, "generations": generations}
+    durable.write_bytes(root / "begun.json", canonical_json(body))
+
+
+def load_begun(root: Root) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
+    """Returns (identity, generations) of what was begun at `root`, None if that cannot be told."""
+    try:
+        body = json.loads((root / "begun.json").read_bytes())
+        generations = [(int(n), str(owner)) for n, owner in body["generations"]]
+        whole = generations[-1][1] == fingerprint(body["identity"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return (body["identity"], generations) if whole else None
+
+
 def save_info(root: Path, info: CorpusInfo) -> None:
     """Commits the whole corpus."""
-    body = {"format": FORMAT, **asdict(info), "sources": [asdict(s) for s in info.sources]}
+    body = {"format": FORMAT, **asdict(info)}
     body["sha256"] = fingerprint(body)
     durable.write_bytes(root / "corpus.json", canonical_json(body))
 
@@ -195,13 +238,14 @@ def load_info(root: Root) -> CorpusInfo | None:
             todo="delete the corpus folder and run `scholiast prepare` again",
         )  # fmt: skip
     body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
+    body["generations"] = tuple(CorpusGeneration(**g) for g in body["generations"])
     return CorpusInfo(**body)
 
 
 def stored_bytes(root: Root, info: CorpusInfo) -> tuple[int, int]:
     """Returns (bytes of all parts and manifests, how many parts were looked at): scaled by blocks."""
     size, blocks, sampled = 0, 0, 0
-    for vouched, own in manifest.sampled(root, range(info.parts), lambda part: info.manifests):
+    for vouched, own in manifest.sampled(root, range(info.parts), info.owners):
         size += own + sum(n for n, _ in vouched.objects.values())
         blocks, sampled = blocks + vouched.blocks, sampled + 1
     return size * info.blocks // max(1, blocks), sampled
@@ -231,11 +275,9 @@ class BlockReader:
             IndexError: no such block.
         """
         ids = np.asarray(block_ids, np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.info.blocks):
-            raise IndexError(f"block ids must lie in [0, {self.info.blocks})")
         rows = []
         for block in ids.tolist():
-            part = block // self.info.blocks_per_part
+            part = part_of(self.info.generations, self.info.blocks_per_part, block)
             rows.append((self._part(part), block - part * self.info.blocks_per_part))
         if not rows:
             empty = np.empty((0, self.info.block_length + 1), np.int64)
@@ -258,7 +300,7 @@ class BlockReader:
         Raises:
             MissingShard, CorruptShard, RemoteError
         """
-        vouched = manifest.load(self.root, part, self.info.manifests)
+        vouched = manifest.load(self.root, part, self.info.owners.of(part))
         size, digest = vouched.objects[object_name(part)] if vouched else (0, "")
         remote = self.root / object_name(part)
         if vouched and isinstance(remote, RemotePath):
@@ -269,7 +311,7 @@ class BlockReader:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        blocks = _read_part(self.root, part, self.info.manifests)
+        blocks = _read_part(self.root, part, self.info.owners.of(part))
         self._open[part] = blocks
         if len(self._open) > _OPEN_PARTS:
             self._open.popitem(last=False)

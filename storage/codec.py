@@ -211,4 +211,3 @@ def to_bfloat16(values: Float32) -> UInt16:
 def from_bfloat16(stored: AnyArray) -> Float32:
     """Returns the float32 values of bfloat16 bits, exactly."""
     return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-

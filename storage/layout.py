@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storage.codec import PRESETS, CubeRoot, Preset
+from storage.generations import (
+    Generation,
+    blocks_of,
+    blocks_until,
+    part_of,
+    part_range,
+    parts_until,
+)
 from storage.orders import NEAR, IdOrders
 from storage.types import AnyArray
 
@@ -47,18 +56,19 @@ class Layout:
     """What one teacher's cache stores, and how it is cut.
 
     Attributes:
-        blocks, blocks_per_part, block_length: N, the width of a part, T.
+        blocks, blocks_per_part, block_length: how many blocks there are, the width of a part, T.
         vocab_size: V, the tokenizer's ids; a model's padding rows beyond it are left out of the
             softmax.
         preset: "exact", "balanced" or "compact" (see codec.PRESETS).
         k: K, head entries a token.
-        draws: S, tail draws a token.
-        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
-        seed: of the draws.
         temperatures: the grid of log_z.
         feature_layers: decoder layers (from 1) whose outputs are pooled.
         segments: G, equal spans of a block that are pooled apart.
         hidden_size: D (0 where no layer is pooled).
+        draws: S, tail draws a token.
+        top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
+        seed: of the draws.
+        generations: of a corpus that has grown; () is all blocks at one time.
     """
 
     blocks: int
@@ -67,13 +77,14 @@ class Layout:
     vocab_size: int
     preset: str
     k: int
-    draws: int
-    top_p: float
-    seed: int
     temperatures: tuple[float, ...]
     feature_layers: tuple[int, ...]
     segments: int
     hidden_size: int
+    draws: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    generations: tuple[Generation, ...] = ()
 
     @property
     def codecs(self) -> Preset:
@@ -85,29 +96,41 @@ class Layout:
         """Whether the draws' logprobs are stored: what temperatures other than 1 need of them."""
         return self.draws > 0 and any(t != 1.0 for t in self.temperatures)
 
+    @cached_property
+    def _spans(self) -> tuple[Generation, ...]:
+        return self.generations or (Generation(0, self.blocks, ""),)
+
     @property
     def parts(self) -> int:
-        return -(-self.blocks // self.blocks_per_part)
+        return parts_until(self._spans, self.blocks_per_part)
+
+    def until(self, generations: int) -> Layout:
+        """Returns the layout as it was with the first so many generations."""
+        kept = self._spans[:generations]
+        blocks = sum(g.blocks for g in kept)
+        return replace(self, blocks=blocks, generations=kept if len(kept) > 1 else ())
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Returns (first block, one past the last block) of a part."""
-        first = part * self.blocks_per_part
-        return first, min(first + self.blocks_per_part, self.blocks)
+        return part_range(self._spans, self.blocks_per_part, part)
+
+    def part_of(self, block: int) -> int:
+        """Returns the part that holds a block.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        return part_of(self._spans, self.blocks_per_part, block)
 
     def blocks_of(self, parts: Sequence[int]) -> int:
-        """Returns how many blocks some parts (distinct, ascending) hold together."""
-        count = len(parts) * self.blocks_per_part
-        if count and parts[-1] == self.parts - 1:  # the last part may be short
-            count += self.blocks - self.parts * self.blocks_per_part
-        return count
+        """Returns how many blocks some distinct parts hold together."""
+        return blocks_of(self._spans, self.blocks_per_part, parts)
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Returns every array that has a row a block, by name."""
         logprobs, statistic = self.codecs.logprobs.dtype, self.codecs.statistics.dtype
         specs = {
-            "head_ids": self._per_token(
-                self.rank_dtype, ("entry", self.k), _chunk_entries(self.k)
-            ),
+            "head_ids": self._per_token(self.rank_dtype, ("entry", self.k), _chunk_entries(self.k)),
             "head_logprobs": self._per_token(logprobs, ("entry", self.k)),
             "id_class": self._per_token("uint16"),
         }
@@ -141,7 +164,10 @@ class Layout:
             return self._spec(dtype, (self.block_length,), ("token",))
         name, count = first
         return self._spec(
-            dtype, (count, self.block_length), (name, "token"), (entries or count, self.block_length)
+            dtype,
+            (count, self.block_length),
+            (name, "token"),
+            (entries or count, self.block_length),
         )
 
     def _spec(
@@ -151,8 +177,9 @@ class Layout:
         names: tuple[str, ...],
         chunk: tuple[int, ...] | None = None,
     ) -> ArraySpec:
+        end = blocks_until(self._spans, self.blocks_per_part)
         return ArraySpec(
-            dtype, (self.blocks, *inner), (self.blocks_per_part, *inner), (1, *(chunk or inner)),
+            dtype, (end, *inner), (self.blocks_per_part, *inner), (1, *(chunk or inner)),
             ("block", *names),
         )  # fmt: skip
 
@@ -172,6 +199,7 @@ class Layout:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
         }
+        fields["generations"] = tuple(Generation(**g) for g in value["generations"])
         return cls(**fields)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,25 +109,48 @@ def parse_names(names: Iterable[str]) -> Listing:
     return Listing(numbers[order], np.array(prefixes, f"S{PREFIX}")[order])
 
 
-def done_parts(root: Root, expected: str) -> Int64:
-    """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
+@dataclass(frozen=True)
+class Owners:
+    """Which fingerprint each part's manifest must carry.
 
-    Args:
-        expected: fingerprint of what the parts must belong to.
+    Attributes:
+        first_parts: where each generation's parts begin, ascending from 0.
+        fingerprints: of each generation.
+    """
+
+    first_parts: tuple[int, ...]
+    fingerprints: tuple[str, ...]
+
+    def of(self, part: int) -> str:
+        """Returns the fingerprint of one part."""
+        return self.fingerprints[bisect_right(self.first_parts, part) - 1]
+
+    def prefixes(self, parts: Int64) -> npt.NDArray[np.bytes_]:
+        """Returns the prefix, 12 bytes, of each part."""
+        known = np.array([f[:PREFIX] for f in self.fingerprints], f"S{PREFIX}")
+        return known[np.searchsorted(self.first_parts, parts, side="right") - 1]
+
+
+def done_parts(root: Root, owners: Owners) -> Int64:
+    """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
 
     Raises:
         StaleCache: a part was made from something else.
     """
     listed = listing(root)
-    require_owners(root, listed, np.full(len(listed), expected[:PREFIX], f"S{PREFIX}"))
+    todo = "choose another folder, or delete this one to make it anew"
+    require_prefixes(root, listed, owners.prefixes(listed.parts), todo)
     return listed.parts
 
 
-def require_owners(root: Root, listed: Listing, expected: npt.NDArray[np.bytes_]) -> None:
+def require_prefixes(
+    root: Root, listed: Listing, expected: npt.NDArray[np.bytes_], todo: str
+) -> None:
     """Refuses manifests of another identity.
 
     Args:
-        expected: prefix that each listed manifest should have.
+        expected: prefix that each listed manifest should have, 12 bytes [n].
+        todo: what to do about them.
 
     Raises:
         StaleCache: shows the first one with both sides.
@@ -139,18 +163,13 @@ def require_owners(root: Root, listed: Listing, expected: npt.NDArray[np.bytes_]
             f"finished parts were made from something else ({len(foreign):,} of them)",
             where=path_of(root, int(listed.parts[i]), found),
             expected=f"fingerprint {expected[i].decode()}…", found=f"fingerprint {found}…",
-            todo="choose another folder, or delete this one to make it anew",
+            todo=todo,
         )  # fmt: skip
 
 
-def sampled(
-    root: Root, parts: Sequence[int], owner: Callable[[int], str]
-) -> Iterator[tuple[Manifest, int]]:
+def sampled(root: Root, parts: Sequence[int], owners: Owners) -> Iterator[tuple[Manifest, int]]:
     """Yields (manifest, bytes of its file) of at most SAMPLE finished parts (REMOTE_SAMPLE of a remote
     root), evenly spread.
-
-    Args:
-        owner: part → the fingerprint that its manifest carries.
 
     Raises:
         CorruptShard: a manifest's own checksum does not hold.
@@ -158,12 +177,12 @@ def sampled(
     most = REMOTE_SAMPLE if isinstance(root, RemotePath) else SAMPLE
     picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), most)).round())
     for part in (parts[int(i)] for i in picked):
-        path = path_of(root, part, owner(part))
+        path = path_of(root, part, owners.of(part))
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             continue
-        yield parse(path, data, part, owner(part)), len(data)
+        yield _of_name(parse(path, data), path, part, owners.of(part)), len(data)
 
 
 def describe(root: Path, paths: list[str]) -> dict[str, tuple[int, str]]:
@@ -194,15 +213,36 @@ def load(root: Root, part: int, expected: str) -> Manifest | None:
         StaleCache: its name says this fingerprint, its content another.
     """
     path = path_of(root, part, expected)
+    manifest = read(path)
+    return None if manifest is None else _of_name(manifest, path, part, expected)
+
+
+def _of_name(manifest: Manifest, path: Root, part: int, expected: str) -> Manifest:
+    """Returns the manifest if it is what its name says."""
+    if manifest.fingerprint != expected or manifest.part != part:
+        raise StaleCache(
+            "a manifest is not what its name says", where=path,
+            expected=f"part {part} of fingerprint {expected[:16]}",
+            found=f"part {manifest.part} of fingerprint {manifest.fingerprint[:16]}", todo=REDO,
+        )  # fmt: skip
+    return manifest
+
+
+def read(path: Root) -> Manifest | None:
+    """Returns the manifest at a path, whatever it is of; None if there is none.
+
+    Raises:
+        CorruptShard: its own checksum does not hold.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    return parse(path, data, part, expected)
+    return parse(path, data)
 
 
-def parse(path: Root, data: bytes, part: int, expected: str) -> Manifest:
-    """Returns the manifest that a file's bytes are (see `load` for what is raised)."""
+def parse(path: Root, data: bytes) -> Manifest:
+    """Returns the manifest that a file's bytes are (see `read` for what is raised)."""
     try:
         body = json.loads(data)
         checksum = body.pop("sha256")
@@ -214,12 +254,6 @@ def parse(path: Root, data: bytes, part: int, expected: str) -> Manifest:
             "a manifest's bytes are not those that were written", where=path, todo=REDO
         )
     body["objects"] = {p: (int(size), str(digest)) for p, (size, digest) in body["objects"].items()}
-    if body["fingerprint"] != expected or body["part"] != part:
-        raise StaleCache(
-            "a manifest is not what its name says", where=path,
-            expected=f"part {part} of fingerprint {expected[:16]}",
-            found=f"part {body['part']} of fingerprint {body['fingerprint'][:16]}", todo=REDO,
-        )  # fmt: skip
     return Manifest(**body)
 
 

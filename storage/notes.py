@@ -21,15 +21,15 @@ from storage.types import (
     LOG_ZERO,
     AnyArray,
     Bool,
+    HostNotes,
     Int32,
     Int64,
-    HostNotes,
     SparseLogits,
     TailDraws,
     TokenStats,
 )
 
-_STATISTICS = ("entropy", "log_tail_mass", "gold_logprob")
+STATISTICS = ("entropy", "log_tail_mass", "gold_logprob", "log_z")
 
 
 def encode_rows(
@@ -54,15 +54,13 @@ def encode_rows(
     _put(out["head_logprobs"], scored, levels)
     if layout.draws:
         _encode_draws(layout, orders, notes, classes, scored, out)
-    for name in _STATISTICS:
+    for name in STATISTICS[:3]:
         out[name][scored] = statistics.encode(np.abs(getattr(notes, name)))
     if layout.temperatures:
         _put(out["log_z"], scored, statistics.encode(np.abs(notes.log_z)))
 
 
-def _sorted_pairs(
-    ranks: AnyArray, values: AnyArray, orders: IdOrders
-) -> tuple[AnyArray, AnyArray]:
+def _sorted_pairs(ranks: AnyArray, values: AnyArray, orders: IdOrders) -> tuple[AnyArray, AnyArray]:
     """Returns ranks ascending [R, K] and the values that belong to them.
 
     16-bit values travel with their rank through one sort of integers, several times quicker than an

@@ -23,7 +23,9 @@ from storage.types import AnyArray, Int32, Int64
 MAX_CLASSES, NEAR = 32, 1024
 TOKENS_A_CLASS = 256
 """Rows that a class should have to learn from; fewer rows make fewer classes."""
-_TABLE = 1 << 23  # entries of a whole table of ranks or ids (32 MB), beyond which there are fewer classes
+_TABLE = (
+    1 << 23
+)  # entries of a whole table of ranks or ids (32 MB), beyond which there are fewer classes
 _ROUNDS = 7
 _SMOOTHING = 200.0  # ids of the common distribution added to each class's counts
 _SAMPLED = 16  # most probable ids of a row that choose its class while learning
@@ -107,7 +109,8 @@ def learn_orders(ids: AnyArray, vocab_size: int) -> IdOrders:
     seen = np.flatnonzero(counts) if len(ids) else np.zeros(1, np.int64)
     far = seen[np.argsort(-counts[seen], kind="stable")].astype(np.int32)
     classes = class_count(len(ids), vocab_size)
-    member = (mix(np.arange(len(ids), dtype=np.uint64) + np.uint64(INCREMENT)) % np.uint64(classes)).astype(np.int64)
+    numbers = np.arange(len(ids), dtype=np.uint64)
+    member = (mix(numbers + np.uint64(INCREMENT)) % np.uint64(classes)).astype(np.int64)
     common = (counts + 0.05) / (counts.sum() + 0.05 * vocab_size)
     for _ in range(_ROUNDS):
         scores = _scores(ids, member, common, classes)

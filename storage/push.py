@@ -23,12 +23,12 @@ _LAST = ("cache.json", "corpus.json")
 _THREADS = 8
 
 
-def push(root: Path, owner: str, target: RemotePath, tell: Callable[[int], None]) -> int:
+def push(root: Path, owners: manifest.Owners, target: RemotePath, tell: Callable[[int], None]) -> int:
     """Copies a corpus or a cache; returns the bytes sent.
 
     Args:
         root: the local folder.
-        owner: fingerprint that its manifests carry.
+        owners: which fingerprint each part's manifest carries.
         target: where to.
         tell: called after each part with its bytes, sent or skipped.
 
@@ -38,8 +38,8 @@ def push(root: Path, owner: str, target: RemotePath, tell: Callable[[int], None]
     """
     there, sent = set((target / "manifests").names()), 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for part in manifest.done_parts(root, owner).tolist():
-            sent += _push_part(root, owner, part, target, there, tell, pool)
+        for part in manifest.done_parts(root, owners).tolist():
+            sent += _push_part(root, owners.of(part), part, target, there, tell, pool)
     for name in [*_small_files(root), *_LAST]:
         if (root / name).exists():
             (target / name).write(root / name)

@@ -17,10 +17,9 @@ import numpy as np
 from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
-from storage.fingerprint import fingerprint
 from storage.layout import Layout, shard_name
 from storage.manifest import Manifest
-from storage.notes import NotesDecoder
+from storage.notes import STATISTICS, NotesDecoder
 from storage.remote import RemotePath, Root
 from storage.shard import Shard
 from storage.tables import digest, load_orders
@@ -30,8 +29,9 @@ from storage.types import (
     PooledFeatures,
     SparseLogits,
     TeacherNotes,
+    TokenStats,
 )
-from storage.writer import open_cache
+from storage.writer import open_cache, owners
 
 _OPEN_SHARDS = 256  # file descriptors a reader keeps
 _MANIFESTS = 4096  # that it remembers: a few kB each
@@ -49,6 +49,7 @@ class CacheReader:
     Attributes:
         identity, layout: of the cache.
         k, layers: what `read` gives.
+        orders: of the cache's ids.
 
     Raises (on construction):
         IncompleteCache: no cache.
@@ -72,13 +73,14 @@ class CacheReader:
         self.root, self.name = root, name
         self.identity: dict[str, Any] = opened[0]
         self.layout: Layout = opened[1]
-        self._fingerprint = fingerprint(self.identity)
+        self._owners = owners(self.identity, self.layout)
         self._specs = self.layout.arrays()
         self.k, self.layers = _wanted(root, self.layout, k, layers)
         unwanted = {f"feature_{n}" for n in self.layout.feature_layers if n not in self.layers}
         self._wanted = [name for name in self._specs if name not in unwanted]
-        orders = load_orders(root, self.layout)
-        self._decoder, self._orders = NotesDecoder(self.layout, orders), digest(orders)
+        self.orders = load_orders(root, self.layout)
+        self._decoder = NotesDecoder(self.layout, self.orders)
+        self._orders = digest(self.orders)
         self._vouched: OrderedDict[int, Manifest] = OrderedDict()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()
@@ -93,9 +95,8 @@ class CacheReader:
         spec = self._specs[name]
         out = np.empty((len(block_ids), *spec.shape[1:]), spec.dtype)
         for row, block in enumerate(block_ids.tolist()):
-            if not 0 <= block < self.layout.blocks:
-                raise IndexError(f"block ids must lie in [0, {self.layout.blocks})")
-            part, index = divmod(block, self.layout.blocks_per_part)
+            part = self.layout.part_of(block)
+            index = block - part * self.layout.blocks_per_part
             self._shard(name, part).read_into(index, out[row])
         return out
 
@@ -117,13 +118,15 @@ class CacheReader:
         )
         return notes if self.k == layout.k else smaller_head(notes, self.k)
 
+    def stats(self, block_ids: Int64) -> TokenStats:
+        """Returns the statistics alone."""
+        names = [name for name in STATISTICS if name in self._specs]
+        return self._decoder.stats({name: self.array(name, block_ids) for name in names})
+
     def packed(self, block_ids: Int64) -> dict[str, AnyArray]:
         """Returns every array's blocks as stored, [n, …]: what `NotesDecoder` makes notes of."""
         arrays = {name: self.array(name, block_ids) for name in self._wanted}
-        count, length = len(block_ids), self.layout.block_length
-        if not self.layout.temperatures:
-            arrays["log_z"] = np.empty((count, 0, length), np.float32)
-        arrays.setdefault("feature_count", np.empty((count, 0), np.int32))
+        arrays.setdefault("feature_count", np.empty((len(block_ids), 0), np.int32))
         return arrays
 
     def _shard(self, name: str, part: int) -> Shard:
@@ -166,7 +169,7 @@ class CacheReader:
         return self._vouched[part]
 
     def _require_part(self, part: int) -> Manifest:
-        vouched = manifest.finished(self.root, part, self._fingerprint)
+        vouched = manifest.finished(self.root, part, self._owners.of(part))
         if vouched is None:
             raise IncompleteCache(
                 f"part {part} of teacher {self.name!r} is not done", where=self.root,

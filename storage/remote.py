@@ -115,16 +115,16 @@ def root_of(place: str, cache: LocalCache) -> Root:
 
 
 def require_local(root: Root, key: str) -> Path:
-    """Returns a folder that will be written.
+    """Returns a folder that is worked on in place.
 
     Raises:
         ConfigError: it is remote.
     """
     if isinstance(root, RemotePath):
         raise ConfigError(
-            "stages zero and one write to local folders", where=key,
+            "this command works on local folders", where=key,
             expected="a local folder", found=root,
-            todo="name one, and copy it to the store by `scholiast push` when it is done",
+            todo="name one; `scholiast push` copies finished ones to a store",
         )  # fmt: skip
     return root
 

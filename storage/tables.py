@@ -8,7 +8,6 @@ other orders than they were written with.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import google_crc32c
@@ -28,6 +27,11 @@ def spare_name(name: str) -> str:
     return f"spare/{name.split('/')[1]}"
 
 
+def order_paths() -> list[str]:
+    """Returns the orders' files and their spare copies, relative to the cache folder."""
+    return [path for name in order_names() for path in (name, spare_name(name))]
+
+
 def save_spares(root: Path) -> None:
     """Copies the orders' files to `spare/`, unless copies are there.
 
@@ -39,17 +43,20 @@ def save_spares(root: Path) -> None:
             durable.write_bytes(root / spare_name(name), (root / name).read_bytes())
 
 
-def load_orders(root: Root, layout: Layout) -> IdOrders:
-    """Returns the cache's orders of ids.
+def load_orders(root: Root, layout: Layout, spare: bool = False) -> IdOrders:
+    """Returns the cache's orders of ids (from their spare copy if `spare`).
 
     Raises:
         MissingShard, CorruptShard: a file is gone or has other bytes than were written.
     """
-    near, far = (read_table(root / name) for name in order_names())
+    names = [spare_name(name) if spare else name for name in order_names()]
+    near, far = (read_table(root / name) for name in names)
     depth = min(NEAR, layout.vocab_size)
     if near.size % depth or max(near.max(), far.max()) >= layout.vocab_size:
-        raise _corrupt(root / order_names()[0], "the orders of ids do not fit the vocabulary")
-    return IdOrders(near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size)
+        raise _corrupt(root / names[0], "the orders of ids do not fit the vocabulary")
+    return IdOrders(
+        near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size
+    )
 
 
 def digest(orders: IdOrders) -> str:
@@ -75,26 +82,35 @@ def read_table(path: Root) -> AnyArray:
     return values
 
 
-def restore(root: Path) -> list[Path]:
-    """Puts spare copies in the place of damaged orders; returns what was restored.
+def restore(root: Path, layout: Layout) -> list[Path]:
+    """Puts the sound one of the orders and their spare copy in the other's place.
+
+    Returns:
+        The files written.
 
     Raises:
-        MissingShard, CorruptShard: the spare copy is damaged as well.
+        MissingShard, CorruptShard: both are damaged.
+        DiskFull: no space.
     """
-    restored = []
+    written = []
     for name in order_names():
-        try:
-            read_table(root / name)
-        except (MissingShard, CorruptShard):
-            read_table(root / spare_name(name))
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            temporary = root / f"{spare_name(name)}.tmp"
-            shutil.copyfile(root / spare_name(name), temporary)
-            durable.fsync_file(temporary)
-            temporary.replace(root / name)
-            durable.fsync_folder((root / name).parent)
-            restored.append(root / name)
-    return restored
+        pair = [root / name, root / spare_name(name)]
+        source = pair[0] if _is_whole(pair[0]) else pair[1]
+        data = source.read_bytes() if read_table(source) is not None else b""
+        for path in pair:
+            if not path.exists() or path.read_bytes() != data:
+                durable.write_bytes(path, data)
+                written.append(path)
+    load_orders(root, layout)
+    return written
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_table(path)
+    except (MissingShard, CorruptShard):
+        return False
+    return True
 
 
 _TODO = "run `scholiast repair`, which restores them from their copy in spare/"

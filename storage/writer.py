@@ -27,6 +27,7 @@ from storage.layout import (
     quiet_zarr,
     shard_name,
 )
+from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
 from storage.remote import Root
 from storage.shard import Shard
@@ -62,8 +63,22 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
     return body["identity"], Layout.from_dict(body["layout"])
 
 
-def require_identity(root: Root, identity: Mapping[str, Any]) -> bool:
+def owners(identity: Mapping[str, Any], layout: Layout) -> manifest.Owners:
+    """Returns which fingerprint each part's manifest carries: that of the cache as it was when the
+    part's generation was the corpus's last."""
+    grown = layout.generations
+    if not grown:
+        return manifest.Owners((0,), (fingerprint(identity),))
+    return manifest.Owners(
+        tuple(g.first_part for g in grown),
+        tuple(fingerprint({**identity, "corpus": g.fingerprint}) for g in grown),
+    )
+
+
+def require_identity(root: Root, identity: Mapping[str, Any], layout: Layout) -> bool:
     """Returns whether a cache stands at `root`; refuses one that was made from something else.
+
+    A cache of an earlier generation of the same corpus is no other: it lacks parts.
 
     Raises:
         StaleCache: names every key of the two identities that disagrees.
@@ -71,7 +86,7 @@ def require_identity(root: Root, identity: Mapping[str, Any]) -> bool:
     opened = open_cache(root)
     if opened is None:
         return False
-    if fingerprint(opened[0]) != fingerprint(identity):
+    if fingerprint(opened[0]) not in owners(identity, layout).fingerprints:
         expected, found = describe_differences(identity, opened[0])
         raise StaleCache(
             "the cache was made from something else", where=root, expected=expected, found=found,
@@ -95,6 +110,7 @@ class CacheWriter:
 
     Raises (on construction):
         StaleCache: `root` holds a cache of another identity.
+        CorruptShard: the group's metadata have been altered.
         DiskFull: no space for the metadata.
     """
 
@@ -108,18 +124,21 @@ class CacheWriter:
         import zarr
 
         self.root, self.layout = root, layout
-        self.fingerprint = fingerprint(identity)
-        require_identity(root, identity)
+        self._owners = owners(identity, layout)
+        require_identity(root, identity, layout)
         with durable.disk_errors(root):
             _make_group(root, layout, learn)
+            grown = _require_layout(root, layout)
             self.orders = load_orders(root, layout)
             save_spares(root)
+            if grown:
+                _grow_group(root, layout, self.orders)
+        require_metadata(root, layout, self.orders)  # or zarr would write as the altered ones say
         self._carry = {"orders": digest(self.orders)}
         # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
         # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
         with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
             group: Any = zarr.open_group(root / GROUP, mode="r+")
-            _require_layout(root, group.attrs.get("scholiast"), layout)
             self._arrays = {name: group[name] for name in layout.arrays()}
         save_info(root, identity, layout)
 
@@ -150,9 +169,9 @@ class CacheWriter:
                 durable.fsync_file(self.root / path)
                 _fsync_folders(self.root, self.root / path)
             done = manifest.Manifest(
-                self.fingerprint, part, first, last - first, manifest.describe(self.root, names),
-                self._carry,
-            )
+                self._owners.of(part), part, first, last - first,
+                manifest.describe(self.root, names), self._carry,
+            )  # fmt: skip
             manifest.save(self.root, done)
         return done
 
@@ -168,15 +187,41 @@ def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
     durable.write_bytes(root / "cache.json", canonical_json(body))
 
 
-def _require_layout(root: Path, stored: Any, layout: Layout) -> None:
-    """Refuses a group of another layout, which only a lost cache.json leaves to be found out here."""
-    expected = {"format": FORMAT, "layout": json.loads(canonical_json(layout.to_dict()))}
-    if stored != expected:
-        a, b = describe_differences(expected, stored if isinstance(stored, dict) else {})
+def _require_layout(root: Path, layout: Layout) -> bool:
+    """Returns whether the group is of an earlier generation of `layout`, and has to grow.
+
+    Raises:
+        StaleCache: it is of another layout, which only a lost cache.json leaves to be found out.
+    """
+    stored = stored_layout(root)
+    if stored is None:  # unreadable: require_metadata tells
+        return False
+    known = [
+        {"format": FORMAT, "layout": json.loads(canonical_json(layout.until(n).to_dict()))}
+        for n in range(1, max(1, len(layout.generations)) + 1)
+    ]
+    if stored not in known:
+        a, b = describe_differences(known[-1], stored if isinstance(stored, dict) else {})
         raise StaleCache(
             "the cache's arrays were made for something else", where=root / GROUP, expected=a,
             found=b, todo="name another cache_dir, or delete this folder to cache the teacher again",
         )  # fmt: skip
+    return bool(stored != known[-1])
+
+
+def _grow_group(root: Path, layout: Layout, orders: IdOrders) -> None:
+    """Replaces each array's metadata, the group's last; no shard is touched.
+
+    A larger shape alone changes, so readers of the old metadata and of the new see the same blocks.
+    """
+    temporary = root / f".{GROUP}.{uuid.uuid4().hex}.tmp"
+    try:
+        create_group(temporary, layout, orders)
+        for name in (*layout.arrays(), "."):
+            data = (temporary / name / "zarr.json").read_bytes()
+            durable.write_bytes(root / GROUP / name / "zarr.json", data)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _drop_damaged(path: Path, spec: ArraySpec, part: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -85,6 +86,17 @@ def build_parts(root: Path) -> None:
     for name, count, seed in (("x", 30, 3), ("y", 30, 4), ("held", 8, 5)):
         rows = [json.dumps({"text": text}) for text in sentences(count, seed)]
         (root / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Content of every file that is part of a result (measurements and temporaries are not)."""
+    skipped = ("log.jsonl", "hashes.json")
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in skipped and ".tmp" not in str(path)
+        and ".partial" not in path.name
+    }  # fmt: skip
 
 
 class Lab:

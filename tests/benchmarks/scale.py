@@ -27,11 +27,20 @@ from safetensors.numpy import save_file
 from stages.options import StoreOptions, TeacherOptions
 from stages.teacher_jobs import TeacherJob, append_log, log_path, measured, plan_jobs, stored
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, SourceRange, load_info, save_info, stored_bytes
+from storage.blocks import (
+    BlockReader,
+    CorpusGeneration,
+    CorpusInfo,
+    SourceRange,
+    load_info,
+    save_info,
+    stored_bytes,
+)
 from storage.fingerprint import HashMemo, fingerprint
 from storage.layout import shard_name
+from storage.orders import learn_orders
 from storage.reader import CacheReader
-from storage.writer import save_info as save_cache_info
+from storage.writer import CacheWriter
 
 BLOCKS_PER_PART, BLOCK_LENGTH = 64, 1024
 LIMITS = {"seconds": 10.0, "bytes": 10**9}
@@ -44,10 +53,14 @@ def build(root: Path, parts: int) -> None:
     info = CorpusInfo(
         identity={"sources": {"000": "x"}}, fingerprint="c" * 64, tokenizer="t", vocab_size=50_000,
         block_length=BLOCK_LENGTH, blocks=blocks, blocks_per_part=BLOCKS_PER_PART, sources=(source,),
+        generations=(CorpusGeneration(0, blocks, "c" * 64, 1, "d" * 64),),
     )  # fmt: skip
     save_info(root / "corpus", info)
     names(
-        root / "corpus", parts, info.manifests, lambda part: {f"{part}.arrow": (300_000, "0" * 64)}
+        root / "corpus",
+        parts,
+        info.owners.of(0),
+        lambda part: {f"{part}.arrow": (300_000, "0" * 64)},
     )
     (root / "teacher").mkdir()
     (root / "teacher/config.json").write_text(json.dumps({"hidden_size": 8}))
@@ -56,7 +69,8 @@ def build(root: Path, parts: int) -> None:
     shapes = {name: len(spec.shape) for name, spec in job.layout.arrays().items()}
     objects = {shard_name(name, 0, n): (10**6, "0" * 64) for name, n in shapes.items()}
     names(job.root, parts, fingerprint(job.identity), lambda part: objects)
-    save_cache_info(job.root, job.identity, job.layout)
+    orders = learn_orders(np.zeros((0, job.layout.k), np.int64), job.layout.vocab_size)
+    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
     row = {"part": 0, "tokens": 65536, "seconds": 9.5, "peak_bytes": 10**9, "device": "cpu"}
     append_log(job.root, row)
     log_path(job.root).write_text(log_path(job.root).read_text() * parts)
@@ -101,8 +115,8 @@ def resuming(root: Path) -> None:
     """What preparing a corpus asks before it goes on: the listing and the last manifest."""
     info = load_info(root / "corpus")
     assert info is not None
-    done = manifest.done_parts(root / "corpus", info.manifests)
-    assert manifest.load(root / "corpus", int(done[-1]), info.manifests) is not None
+    done = manifest.done_parts(root / "corpus", info.owners)
+    assert manifest.load(root / "corpus", int(done[-1]), info.owners.of(0)) is not None
 
 
 STEPS = {step.__name__: step for step in (opening, planning, resuming)}

@@ -19,8 +19,8 @@ from storage.layout import GROUP, Layout, order_names
 from storage.notes import encode_rows
 from storage.orders import IdOrders, learn_orders
 from storage.reader import CacheReader
-from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
 from storage.tables import restore
+from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
 from storage.writer import CacheWriter
 
 LAYOUT = Layout(
@@ -202,11 +202,11 @@ def test_damaged_orders_are_refused_and_restored_from_their_spare(root: Path) ->
         (root / name).write_bytes(data)
         with pytest.raises(CorruptShard, match="scholiast repair"):
             CacheReader(root)
-        assert restore(root) == [root / name]
+        assert restore(root, LAYOUT) == [root / name]
         (root / name).unlink()
         with pytest.raises(MissingShard, match="orders"):
             CacheReader(root)
-        assert restore(root) == [root / name] and restore(root) == []
+        assert restore(root, LAYOUT) == [root / name] and restore(root, LAYOUT) == []
     assert np.array_equal(CacheReader(root).read(np.arange(7)).head.ids, before.head.ids)
 
 
@@ -247,7 +247,7 @@ def test_part_of_another_identity_is_refused(root: Path) -> None:
     """The listing's names tell; and a manifest whose name lies is refused when it is read."""
     other = "f" * 64
     with pytest.raises(StaleCache, match=r"expected:\s+fingerprint ffffffffffff…"):
-        manifest.done_parts(root, other)
+        manifest.done_parts(root, manifest.Owners((0,), (other,)))
     manifest.path_of(root, 0, fingerprint(IDENTITY)).rename(manifest.path_of(root, 0, other))
     with pytest.raises(StaleCache, match="not what its name says"):
         manifest.finished(root, 0, other)

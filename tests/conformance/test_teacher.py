@@ -18,6 +18,8 @@ from stages.teacher import TeacherBackend, TransformersTeacher, require_fit
 from storage.codec import from_bfloat16
 from storage.errors import NonFiniteLogits, TeacherError, VocabularyMismatch
 from storage.layout import Layout
+from storage.notes import NotesDecoder
+from storage.orders import learn_orders
 from storage.types import LOG_ZERO, TokenBlocks
 
 V, T = 97, 24
@@ -38,7 +40,7 @@ def blocks() -> TokenBlocks:
 def layout(k: int = 8, **changes: Any) -> Layout:
     base: dict[str, Any] = {
         "blocks": 8, "blocks_per_part": 2, "block_length": T, "vocab_size": V, "k": k,
-        "precision": "exact", "temperatures": (0.7, 2.0), "feature_layers": (1, 3), "segments": 2,
+        "preset": "exact", "temperatures": (0.7, 2.0), "feature_layers": (1, 3), "segments": 2,
         "hidden_size": 32,
     }  # fmt: skip
     return Layout(**{**base, **changes})
@@ -81,6 +83,18 @@ class TestTransformers(BackendConformance):
         return teacher(folder), model
 
 
+ORDERS = learn_orders(np.arange(40).reshape(5, 8), V)
+
+
+def annotated(backend: TeacherBackend, stored: Layout, chunk: int, batch: int) -> Any:
+    """The arrays of `blocks()`, and the notes they decode to."""
+    annotator = PartAnnotator("t", backend, stored, chunk)
+    arrays = annotator.annotate(blocks(), ORDERS, batch, lambda tokens: None)
+    decoder = NotesDecoder(stored, ORDERS)
+    packed = {name: array.copy() for name, array in arrays.items()}
+    return arrays, decoder.head(packed), decoder.stats(packed)
+
+
 def dense_logp(model: Any, given: TokenBlocks, row: int) -> torch.Tensor:
     """Full log-softmax of each position, a document at a time, float64 [T, V]."""
     found = torch.zeros(T, V, dtype=torch.float64)
@@ -99,8 +113,7 @@ def test_notes_are_those_of_a_dense_forward(tmp_path: Path, k: int, padding: int
     """Row t predicts token t+1; padding rows of the head are left out of the softmax."""
     model = make_model(tmp_path / "m", V + padding, 5)
     given, stored = blocks(), layout(k)
-    annotator = PartAnnotator("t", teacher(tmp_path / "m"), stored, chunk=5)
-    arrays = annotator.annotate(given, 2, lambda tokens: None)
+    arrays, head, stats = annotated(teacher(tmp_path / "m"), stored, 5, 2)
     scored = given.scored
     assert not scored[0, 3] and not scored[0, 9] and not scored[1, 17:].any()
     for row in range(2):
@@ -108,26 +121,29 @@ def test_notes_are_those_of_a_dense_forward(tmp_path: Path, k: int, padding: int
         for t in np.flatnonzero(scored[row]):
             p = logp[t].exp()
             top = logp[t].sort(descending=True)
-            np.testing.assert_array_equal(arrays["head_ids"][row, t], top.indices[:k])
+            order = np.argsort(-head.logprobs[row, t])
+            np.testing.assert_array_equal(head.ids[row, t][order], top.indices[:k])
             close = {"rtol": 1e-4, "atol": 1e-5}
-            np.testing.assert_allclose(arrays["head_logprobs"][row, t], top.values[:k], **close)
+            found = head.logprobs[row, t][order]
+            np.testing.assert_allclose(found, top.values[:k], **close)
             gold = int(given.tokens[row, t + 1])
-            np.testing.assert_allclose(arrays["gold_logprob"][row, t], logp[t, gold], **close)
-            np.testing.assert_allclose(arrays["entropy"][row, t], -(p * logp[t]).sum(), **close)
+            np.testing.assert_allclose(stats.gold_logprob[row, t], logp[t, gold], **close)
+            np.testing.assert_allclose(stats.entropy[row, t], -(p * logp[t]).sum(), **close)
             tail = float(p.sum() - top.values[:k].exp().sum())
-            found = np.exp(arrays["log_tail_mass"][row, t])
+            found = np.exp(stats.log_tail_mass[row, t])
             np.testing.assert_allclose(found, tail if k < V else 0.0, rtol=1e-3, atol=1e-6)
             for z, temperature in enumerate(stored.temperatures):
                 expected = (logp[t] / temperature).logsumexp(-1)
-                np.testing.assert_allclose(arrays["log_z"][row, t, z], expected, **close)
+                np.testing.assert_allclose(stats.log_z[row, t, z], expected, **close)
     for name in ("head_ids", "head_logprobs", "entropy", "gold_logprob", "log_z"):
-        assert not arrays[name][~scored].any()
+        per_token = arrays[name] if arrays[name].ndim == 2 else arrays[name].swapaxes(1, 2)
+        assert not per_token[~scored].any()
 
 
 def test_features_are_means_over_present_tokens(tmp_path: Path) -> None:
     make_model(tmp_path / "m", V, 5)
     backend, given = teacher(tmp_path / "m"), blocks()
-    arrays = PartAnnotator("t", backend, layout(), 5).annotate(given, 1, lambda tokens: None)
+    arrays = annotated(backend, layout(), 5, 1)[0]
     assert arrays["feature_count"].tolist() == [[12, 12], [12, 6]]
     tokens = torch.from_numpy(given.inputs.astype(np.int64))
     states = backend.forward(tokens, torch.from_numpy(given.positions), (1, 3))
@@ -141,8 +157,7 @@ def test_features_are_means_over_present_tokens(tmp_path: Path) -> None:
 def test_chunk_and_batch_change_nothing_but_memory(tmp_path: Path, chunk: int) -> None:
     make_model(tmp_path / "m", V, 5)
     backend = teacher(tmp_path / "m")
-    plain = PartAnnotator("t", backend, layout(), 7).annotate(blocks(), 2, lambda tokens: None)
-    other = PartAnnotator("t", backend, layout(), chunk).annotate(blocks(), 1, lambda tokens: None)
+    plain, other = (annotated(backend, layout(), *how)[0] for how in ((7, 2), (chunk, 1)))
     for name, array in plain.items():
         if array.dtype == np.float32:
             np.testing.assert_allclose(other[name], array, rtol=1e-4, atol=1e-5)
@@ -166,7 +181,7 @@ def test_non_finite_logits_are_refused_with_their_place(tmp_path: Path, value: f
     rows, positions = np.nonzero(blocks().scored)
     place = f"block {blocks().block_ids[rows[11]]}, position {positions[11]}"
     with pytest.raises(NonFiniteLogits, match="teacher 'mine'") as caught:
-        annotator.annotate(blocks(), 2, lambda tokens: None)
+        annotator.annotate(blocks(), ORDERS, 2, lambda tokens: None)
     assert place in str(caught.value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import Lab
+from conftest import Lab, digests
 
 Cli = Callable[..., Any]
 
@@ -32,17 +31,6 @@ def kill_when(condition: Callable[[], bool], *arguments: object) -> None:
     assert process.poll() is None, "the command ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def digests(root: Path) -> dict[str, str]:
-    """Content of every file that is part of a result (measurements and temporaries are not)."""
-    skipped = ("log.jsonl", "hashes.json")
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in skipped and ".tmp" not in str(path)
-        and ".partial" not in path.name
-    }  # fmt: skip
 
 
 def manifests(run_dir: Path) -> int:

@@ -256,7 +256,7 @@ def test_local_folders_are_not_copied(lab_of_caches: Lab, tmp_path: Path) -> Non
 def test_stage_one_writes_to_local_folders_only(lab: Lab, cli: Cli) -> None:
     for key, command in (("cache_dir", "cache-teachers"), ("corpus_dir", "prepare")):
         result = cli(command, lab.write(**{key: "memory://elsewhere"}))
-        assert result.exit_code == 2 and "write to local folders" in result.output
+        assert result.exit_code == 2 and "works on local folders" in result.output
     assert "the run's folder is local" in cli("plan", lab.write(run_dir="memory://x")).output
 
 

@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pairs = [{"student": 1, "teacher": 2}, {"student": 2, "teacher": {"two": 2}}]
     features = {"weight": BETA, "kind": "cosine", "pairs": pairs}
     loss = {"alpha": ALPHA, "temperature": 2.0, "features": features, "chunk_tokens": 7}
-    store = {"k": 8, "temperatures": [2.0], "segments": 2, "precision": "exact"}
+    store = {"k": 8, "temperatures": [2.0], "segments": 2, "preset": "exact"}
     # Three layers: transformers gives the last one's output only after the final norm.
     opened = Lab(root).workspace(loss=loss, store=store, student__keep_layers=[0, 1, 2])
     opened.cache_teachers()

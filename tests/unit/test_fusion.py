@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from stages.annotate import NoteRule, annotate_logits
-from stages.fusion import fuse, temper, temperature_column
+from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
 from stages.options import FusionOptions
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
-from storage.types import Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
+from storage.types import LOG_ZERO, Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
 
 V, K = 50, 6
+ALL = np.ones((1, 9), bool)
 
 
 def logits(seed: int, rows: int = 9) -> torch.Tensor:
@@ -64,10 +67,8 @@ def test_static_weights_must_name_every_teacher() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> None:
-    target = fuse(
-        {"a": as_notes(1), "b": as_notes(2)}, np.ones((1, 9), bool), (2.0,), V, temperature,
-        FusionOptions(),
-    )  # fmt: skip
+    rows = {name: rows_of(as_notes(seed), ALL) for name, seed in (("a", 1), ("b", 2))}
+    target = fuse(rows, (2.0,), V, temperature, FusionOptions())
     for m, seed in enumerate((1, 2)):
         dense = (logits(seed) / temperature).softmax(-1).float()
         torch.testing.assert_close(
@@ -81,16 +82,32 @@ def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> 
 
 def test_complete_head_has_no_tail() -> None:
     for temperature in (1.0, 2.0):
-        target = fuse(
-            {"a": as_notes(3, V)}, np.ones((1, 9), bool), (2.0,), V, temperature, FusionOptions()
-        )
+        rows = {"a": rows_of(as_notes(3, V), ALL)}
+        target = fuse(rows, (2.0,), V, temperature, FusionOptions())
         assert float(target.tail.abs().max()) == 0.0
         torch.testing.assert_close(target.p.sum(-1), torch.ones(1, 9))
 
 
+def test_repeated_draws_are_one_entry_that_carries_them_all() -> None:
+    log_tail, log_z = torch.tensor([0.4]).log(), torch.tensor([1.3])
+    ids, own = torch.tensor([[7, 7, 7, 9]]), torch.tensor([[0.1, 0.1, 0.1, 0.05]]).log()
+    _, p = spread_tail(ids, None, log_tail, None, 1.0)
+    torch.testing.assert_close(p, torch.tensor([[0.3, 0.0, 0.0, 0.1]]))
+    logp, p = spread_tail(ids, own, log_tail, log_z, 2.0)
+    tempered = torch.tensor([0.3 * 0.1**-0.5, 0.0, 0.0, 0.1 * 0.05**-0.5]) / math.exp(1.3)
+    torch.testing.assert_close(p[0], tempered)
+    assert bool(torch.isfinite(logp).all())
+
+
+def test_empty_tail_gives_its_draws_nothing() -> None:
+    ids, log_tail = torch.tensor([[3, 3]]), torch.tensor([LOG_ZERO])
+    logp, p = spread_tail(ids, None, log_tail, None, 1.0)
+    assert p.tolist() == [[0.0, 0.0]] and logp.tolist() == [[LOG_ZERO, LOG_ZERO]]
+
+
 def test_rounded_head_is_scaled_to_the_exact_tail() -> None:
     logprobs = torch.tensor([[0.5, 0.3]]).log() * 1.002  # as if rounded
-    _, p, tail = temper(logprobs, torch.tensor([0.2]).log(), None, 1.0, False)
+    _, p, tail = temper(logprobs, torch.tensor([0.2]).log(), None, 1.0)
     torch.testing.assert_close(p.sum(-1) + tail, torch.ones(1))
     torch.testing.assert_close(tail, torch.tensor([0.2]))
 

@@ -24,11 +24,12 @@ from stages.teacher_jobs import (
     stored,
 )
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, SourceRange, stored_bytes
+from storage.blocks import BlockReader, CorpusGeneration, CorpusInfo, SourceRange, stored_bytes
 from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, fingerprint
+from storage.orders import learn_orders
 from storage.reader import CacheReader
-from storage.writer import save_info
+from storage.writer import CacheWriter
 
 _heard: list[list[str]] = []
 
@@ -58,6 +59,7 @@ def job_of(lab: Lab, parts: int) -> Callable[[], TeacherJob]:
         identity={}, fingerprint=f"{parts:064x}", tokenizer="t", vocab_size=lab.vocab_size,
         block_length=32, blocks=blocks, blocks_per_part=2,
         sources=(SourceRange("x", "train", 0, blocks, blocks, blocks * 32),),
+        generations=(CorpusGeneration(0, blocks, f"{parts:064x}", 1, "i"),),
     )  # fmt: skip
     teachers = {"one": TeacherOptions(model=str(lab.root / "a"))}
     memo, store = HashMemo(lab.root / "memo.json"), StoreOptions(k=8)
@@ -69,7 +71,8 @@ def job_of(lab: Lab, parts: int) -> Callable[[], TeacherJob]:
         objects = {"notes.zarr/entropy/c/0/0": (10 * (last - first), "0" * 64)}
         owner = fingerprint(job.identity)
         manifest.save(job.root, manifest.Manifest(owner, part, first, last - first, objects))
-    save_info(job.root, job.identity, job.layout)
+    orders = learn_orders(np.zeros((0, 8), np.int64), lab.vocab_size)
+    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
     return lambda: plan_jobs(teachers, store, info, folder, memo)[0]
 
 
@@ -88,7 +91,8 @@ def test_planning_opens_as_much_for_many_parts_as_for_few(
                 for call in (plan, lambda: stored(job), lambda: CacheReader(job.root))  # noqa: B023
             ]
         )
-    assert counts[0] == counts[1] == [1, 10, 1]
+    # cache.json; the sampled manifests; cache.json and the two orders of ids
+    assert counts[0] == counts[1] == [1, 10, 3]
 
 
 def test_sizes_from_a_sample_are_scaled_by_blocks(
@@ -142,13 +146,14 @@ def test_one_foreign_part_among_many_is_refused_with_both_sides(tmp_path: Path) 
     (tmp_path / "manifests").mkdir()
     for part in range(50):
         manifest.path_of(tmp_path, part, theirs if part == 33 else ours).touch()
+    owners = manifest.Owners((0,), (ours,))
     with pytest.raises(
         StaleCache, match=r"aaaaaaaaaaaa…\n\s+found:\s+fingerprint bbbbbbbbbbbb…"
     ) as e:
-        manifest.done_parts(tmp_path, ours)
+        manifest.done_parts(tmp_path, owners)
     assert "000033-bbbbbbbbbbbb.json" in str(e.value)
     manifest.path_of(tmp_path, 33, theirs).unlink()
-    assert np.array_equal(manifest.done_parts(tmp_path, ours), np.delete(np.arange(50), 33))
+    assert np.array_equal(manifest.done_parts(tmp_path, owners), np.delete(np.arange(50), 33))
 
 
 def test_log_is_read_from_its_end(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What `scholiast verify` and `scholiast repair` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pipeline.console import Console, duration, human_bytes
+from storage.repair import Action
+from storage.verify import Report
+
+_LISTED = 20  # leftovers shown by name
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """Returns a report as JSON values."""
+    return {
+        "root": str(report.store.root), "kind": report.store.kind, "sound": report.sound,
+        "parts": report.store.parts, "parts_checked": report.checked, "objects": report.objects,
+        "bytes": report.bytes, "seconds": report.seconds, "deep": report.deep,
+        "problems": [asdict(problem) for problem in report.problems],
+        "missing_parts": list(report.missing),
+        "leftovers": [asdict(leftover) for leftover in report.leftovers],
+    }  # fmt: skip
+
+
+def show_reports(reports: Mapping[str, Report], console: Console) -> None:
+    """Prints what was checked, what is bad, and what nothing vouches for."""
+    console.table(
+        ["what", "parts", "of", "files", "bytes", "time", "bad", "not done"],
+        [
+            [
+                name, f"{r.checked:,}", "?" if r.store.parts is None else f"{r.store.parts:,}",
+                f"{r.objects:,}", human_bytes(r.bytes), duration(r.seconds),
+                f"{len(r.problems):,}", f"{len(r.missing):,}",
+            ]
+            for name, r in reports.items()
+        ],
+    )  # fmt: skip
+    for name, report in reports.items():
+        for problem in report.problems:
+            part = "" if problem.part is None else f"part {problem.part}, "
+            click.echo(f"bad: {name}, {part}{problem.path}: {problem.what}")
+    for name, report in reports.items():
+        if report.leftovers:
+            size = human_bytes(sum(x.bytes for x in report.leftovers))
+            count = len(report.leftovers)
+            click.echo(
+                f"not read, harmless: {name}, {count:,} files, {size}, that nothing vouches for"
+            )
+            for leftover in report.leftovers[:_LISTED]:
+                click.echo(f"  {human_bytes(leftover.bytes)}  {leftover.path}")
+            if count > _LISTED:
+                click.echo(f"  and {count - _LISTED:,} more (--json lists all)")
+
+
+def next_command(report: Report) -> str | None:
+    """Returns the command that makes anew what a repair drops."""
+    if not any(problem.mend in ("redo", "drop") for problem in report.problems):
+        return None
+    return "cache-teachers" if report.store.kind == "cache" else "prepare"
+
+
+def show_actions(
+    reports: Mapping[str, Report], actions: Mapping[str, Sequence[Action]], dry_run: bool
+) -> None:
+    """Prints what a repair did or would do, and what to run next."""
+    verbs = {"delete": "would delete", "write": "would write"} if dry_run else {
+        "delete": "deleted", "write": "wrote"}  # fmt: skip
+    for name, report in reports.items():
+        for action in actions[name]:
+            click.echo(f"{verbs[action.verb]}: {name}, {action.path} ({action.why})")
+        for problem in report.problems:
+            if problem.mend == "none":
+                click.echo(f"left alone: {name}, {problem.path}: {problem.what}")
+    if not any(actions.values()) and all(report.sound for report in reports.values()):
+        click.echo("sound: nothing to repair")
+    commands = {command for report in reports.values() if (command := next_command(report))}
+    for command in sorted(commands, reverse=True):  # prepare comes before cache-teachers
+        click.echo(f"to do: scholiast {command} CONFIG, which makes anew what is missing")

@@ -1,0 +1,91 @@
+"""The Zarr group's own metadata against the layout they follow from.
+
+The reader takes shapes and dtypes from cache.json and never looks here; zarr-python, with which
+parts are written and which other people read with, looks nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage import durable
+from storage.errors import CorruptShard
+from storage.fingerprint import canonical_json
+from storage.layout import GROUP, Layout, create_group
+from storage.orders import NEAR, IdOrders
+
+NAME = "zarr.json"
+LEVELS = f"{GROUP}/logprob_levels/c/0"
+"""The codec's table, which our own readers do not look at either."""
+
+
+def group_metadata(layout: Layout, orders: IdOrders) -> dict[str, bytes]:
+    """Returns every metadata file of a layout's group: path relative to the cache → its bytes."""
+    return _group_metadata(layout, len(orders.near), len(orders.far))
+
+
+@lru_cache(maxsize=16)
+def _group_metadata(layout: Layout, classes: int, seen: int) -> dict[str, bytes]:
+    near = np.zeros((classes, min(NEAR, layout.vocab_size)), np.int32)
+    orders = IdOrders(near, np.zeros(seen, np.int32), layout.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        create_group(Path(folder) / GROUP, layout, orders)
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.name == NAME or path == Path(folder) / LEVELS
+        }
+
+
+def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, str]:
+    """Returns what is wrong with the metadata of the group under `root`: path → one sentence.
+
+    Compared as JSON values, so that spaces and the order of keys may differ.
+    """
+    problems = {}
+    for name, expected in group_metadata(layout, orders).items():
+        if name == LEVELS:
+            if not (root / name).exists() or (root / name).read_bytes() != expected:
+                problems[name] = "the table of levels is not the codec's"
+            continue
+        try:
+            found = canonical_json(json.loads((root / name).read_bytes()))
+        except FileNotFoundError:
+            problems[name] = "the array's metadata are missing"
+        except ValueError:
+            problems[name] = "the array's metadata are no JSON"
+        else:
+            if found != canonical_json(json.loads(expected)):
+                problems[name] = "the array's metadata are not those that its layout makes"
+    return problems
+
+
+def require_metadata(root: Path, layout: Layout, orders: IdOrders) -> None:
+    """Refuses a group that zarr-python would write with other dtypes, shapes or codecs.
+
+    Raises:
+        CorruptShard: names the first file that is altered or missing.
+    """
+    for name, what in altered_metadata(root, layout, orders).items():
+        raise CorruptShard(
+            what, where=root / name, todo="run `scholiast repair` on this cache; parts are kept"
+        )
+
+
+def stored_layout(root: Path) -> Any:
+    """Returns {format, layout} as the group under `root` states it, None if it cannot be read."""
+    try:
+        return json.loads((root / GROUP / NAME).read_bytes())["attributes"]["scholiast"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rewrite_metadata(root: Path, layout: Layout, orders: IdOrders, name: str) -> None:
+    """Writes one metadata file anew from the layout and the orders' shapes."""
+    durable.write_bytes(root / name, group_metadata(layout, orders)[name])

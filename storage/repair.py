@@ -1,0 +1,120 @@
+"""Drops what verify found bad, so that the ordinary commands make just that anew.
+
+Nothing is mended in place but what follows from something sound: the Zarr metadata from the layout,
+begun.json from corpus.json. The order is that of the commits, reversed: corpus.json before a part's
+manifest, the manifest before its files; a kill between two steps leaves what verify finds again.
+No stage one may be writing to the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import durable
+from storage.blocks import CorpusInfo, load_begun, save_begun
+from storage.metadata import rewrite_metadata
+from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
+from storage.tables import order_paths, restore
+from storage.verify import Report
+
+
+@dataclass(frozen=True)
+class Action:
+    """One step of a repair.
+
+    Attributes:
+        verb: "delete" or "write".
+        path: the file, relative to the root.
+        why: the part it belongs to, or what it is.
+    """
+
+    verb: str
+    path: str
+    why: str
+
+
+def plan_repair(report: Report, clean: bool = False) -> list[Action]:
+    """Returns the steps that would mend what `verify` found, in their order.
+
+    Args:
+        clean: also delete what stopped writers have left behind.
+    """
+    store, actions = report.store, list[Action]()
+    redo = sorted({p.part for p in report.problems if p.mend == "redo" and p.part is not None})
+    if store.kind == CORPUS and redo and store.info is not None:
+        # Dropped, it would no longer tell what the other parts were made from. An append that is
+        # under way has said so already, and more.
+        begun, own = load_begun(store.root), _generations(store.info)
+        if begun is None or begun[1][: len(own)] != own:
+            actions.append(Action("write", BEGUN, "what the parts were made from"))
+        actions.append(Action("delete", INFO[CORPUS], "vouches for all parts"))
+    for problem in report.problems:
+        if problem.mend == "restore":
+            actions.append(Action("write", problem.path, "its other copy is sound"))
+        elif problem.mend == "rewrite":
+            actions.append(Action("write", problem.path, "follows from the layout"))
+        elif problem.mend == "drop" and (store.root / problem.path).exists():
+            actions.append(Action("delete", problem.path, problem.what))
+    for part in redo:
+        bad = {p.path for p in report.problems if p.part == part}
+        actions.append(Action("delete", store.path(part), f"part {part}"))
+        actions += [Action("delete", path, f"part {part}") for path in sorted(bad)]
+    if clean:
+        actions += [Action("delete", f.path, "left behind") for f in report.leftovers if f.ours]
+    return [a for a in dict.fromkeys(actions) if a.verb == "write" or _there(store, a.path)]
+
+
+def repair(report: Report, clean: bool = False) -> list[Action]:
+    """Does what `plan_repair` says; returns it.
+
+    Raises:
+        DiskFull: no space for a metadata file; what was done before is kept.
+    """
+    actions = plan_repair(report, clean)
+    for action in actions:
+        if action.verb == "delete":
+            _delete(report.store.root / action.path)
+        else:
+            _write(report.store, action.path)
+    if clean:
+        _remove_empty_temporaries(report)
+    return actions
+
+
+def unmended(report: Report) -> list[Problem]:
+    """Returns the problems that no repair can touch: a person has to decide."""
+    return [problem for problem in report.problems if problem.mend == "none"]
+
+
+def _there(store: Store, path: str) -> bool:
+    return (store.root / path).exists()
+
+
+def _write(store: Store, path: str) -> None:
+    if path == BEGUN and store.info is not None:
+        save_begun(store.root, store.info.identity, _generations(store.info))
+    elif store.layout is not None and path in order_paths():
+        restore(store.root, store.layout)
+    elif store.layout is not None and store.orders is not None:
+        rewrite_metadata(store.root, store.layout, store.orders, path)
+
+
+def _generations(info: CorpusInfo) -> list[tuple[int, str]]:
+    return [(generation.sources, generation.identity) for generation in info.generations]
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    durable.fsync_folder(path.parent)
+
+
+def _remove_empty_temporaries(report: Report) -> None:
+    """Takes away the folders of half-made groups, once their files are gone."""
+    for leftover in report.leftovers:
+        folder = (report.store.root / leftover.path).parent
+        while folder != report.store.root and ".tmp" in str(folder.relative_to(report.store.root)):
+            with contextlib.suppress(OSError):  # not empty: a file in it was not ours
+                folder.rmdir()
+            folder = folder.parent

@@ -1,0 +1,107 @@
+"""What stage one's annotation adds to a bare teacher forward with the same head.
+
+    python tests/benchmarks/annotation.py MODEL_FOLDER [rounds]
+
+Methods take turns in one process on torch's own threads; each round is one forward of the same
+blocks, and the head's product for every row in the same chunks. On a shared machine single rounds may
+be slow by any factor, so the least and the median over the rounds are given; an overhead compares
+least with least.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from stages.annotate import annotate_rows
+from stages.options import TeacherOptions
+from stages.teacher import TransformersTeacher
+from storage.layout import Layout
+from storage.sampling import uniforms
+
+BLOCKS, LENGTH, CHUNK = 2, 512, 128
+TEMPERATURES = (1.5, 2.0)
+KEPT = {"k = 64": (64, 0), "k = 16, S = 16": (16, 16)}
+BARE = "forward and head only"
+
+
+def tokens_of(folder: Path) -> torch.Tensor:
+    """Returns int64 [BLOCKS, LENGTH + 1] of the language reference that ships with Python."""
+    from pydoc_data.topics import topics
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))[:200_000]
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    count = BLOCKS * (LENGTH + 1)
+    return torch.tensor(ids[:count]).view(BLOCKS, LENGTH + 1)
+
+
+def methods(teacher: TransformersTeacher, tokens: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Returns what is timed, by name."""
+    positions = torch.arange(LENGTH).expand(BLOCKS, -1)
+    gold = tokens[:, 1:].flatten()
+    uniform = torch.from_numpy(uniforms(0, gold.numpy() * 0, torch.arange(len(gold)).numpy()))
+
+    def hidden() -> torch.Tensor:
+        return teacher.forward(tokens[:, :-1], positions, ()).last.flatten(0, 1)
+
+    def bare() -> None:
+        for rows in hidden().split(CHUNK):
+            teacher.logits(rows)
+
+    def noted(k: int, draws: int) -> Callable[[], object]:
+        layout = Layout(
+            BLOCKS, BLOCKS, LENGTH, teacher.head_rows, k, "balanced", TEMPERATURES, (), 1, 0,
+            draws=draws,
+        )  # fmt: skip
+        return lambda: annotate_rows(hidden(), gold, uniform, teacher.logits, layout, CHUNK)
+
+    return {BARE: bare, **{name: noted(*kept) for name, kept in KEPT.items()}}
+
+
+@torch.inference_mode()
+def measure(folder: Path, rounds: int = 9) -> dict[str, Any]:
+    """Returns µs a token of each method (least, median) and what annotation adds, as a share.
+
+    Args:
+        folder: a causal LM's checkpoint with its tokenizer.
+        rounds: turns of each method, after one that is not counted.
+    """
+    teacher = TransformersTeacher("t", folder, TeacherOptions(model="m"), torch.device("cpu"))
+    runs = methods(teacher, tokens_of(folder))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    scale = 1e6 / (BLOCKS * LENGTH)
+    least = {name: min(found) * scale for name, found in seconds.items()}
+    return {
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "least_us": least,
+        "median_us": {name: median(found) * scale for name, found in seconds.items()},
+        "overhead": {name: least[name] / least[BARE] - 1.0 for name in KEPT},
+    }
+
+
+def main() -> None:
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 9
+    result = measure(Path(sys.argv[1]), rounds)
+    print(f"{result['threads']} threads, {rounds} rounds, µs a token")
+    print(f"{'method':24}{'least':>8}{'median':>8}{'added':>8}")
+    for name, least in result["least_us"].items():
+        added = f"{result['overhead'][name]:.1%}" if name in result["overhead"] else "–"
+        print(f"{name:24}{least:8.0f}{result['median_us'][name]:8.0f}{added:>8}")
+
+
+if __name__ == "__main__":
+    main()

@@ -239,6 +239,21 @@ class TrainOptions(Options):
         return self
 
 
+class ReadingOptions(Options):
+    """How corpus_dir and cache_dir are read where they are URLs."""
+
+    local_cache: str = Field(
+        "~/.cache/scholiast", description="Folder for what is fetched; processes may share it."
+    )
+    local_cache_bytes: Count = Field(
+        50_000_000_000,
+        description="Its size; the least recently read is evicted. 128 parts of all should fit.",
+    )
+    fetch_threads: Annotated[int, Field(ge=0)] = Field(
+        8, description="Threads that fetch the order's next parts ahead; 0: when they are read."
+    )
+
+
 class EvaluateOptions(Options):
     """What is measured on the held-out blocks, and what the samples continue."""
 

@@ -142,8 +142,9 @@ class FusionOptions(Options):
         None, description="The cached teachers to fuse; all if not given."
     )
     k: Count | None = Field(
-        None, description="Head entries to use, the most probable ones; all that are cached if not "
-        "given."
+        None,
+        description="Head entries to use, the most probable ones; all that are cached if not "
+        "given.",
     )
 
 

@@ -112,7 +112,8 @@ def _job(
         blocks=info.blocks, blocks_per_part=info.blocks_per_part, block_length=info.block_length,
         vocab_size=info.vocab_size, preset=store.preset,
         k=min(store.entries, info.vocab_size) if store.k is None else store.k,
-        draws=store.drawn, top_p=store.top_p, seed=store.seed, temperatures=store.temperatures, feature_layers=options.feature_layers,
+        draws=store.drawn, top_p=store.top_p, seed=store.seed,
+        temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
         generations=_generations(info),
     )  # fmt: skip

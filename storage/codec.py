@@ -94,7 +94,8 @@ class CubeRoot:
         if low.any():
             below = _LOWEST + 1 + _SLOPE * (logprobs[low] - np.float32(self.joint))
             level[low] = np.where(logprobs[low] <= LOG_ZERO / 2, 0.0, np.maximum(below, 1.0))
-        return np.rint(level).astype(np.uint16)
+        levels: UInt16 = np.rint(level).astype(np.uint16)
+        return levels
 
     def decode(self, stored: AnyArray) -> Float32:
         return self.levels[stored]
@@ -141,7 +142,8 @@ class FixedPoint:
         fine = np.rint(magnitude * np.float32(2.0**self.bits))
         coarse = _FINE_CODES + np.rint((magnitude - np.float32(self.fine)) * np.float32(_COARSE))
         code = np.where(magnitude < self.fine, fine, coarse)
-        return np.clip(code, 0, _LAST).astype(np.uint16)
+        codes: UInt16 = np.clip(code, 0, _LAST).astype(np.uint16)
+        return codes
 
     def decode(self, stored: AnyArray) -> Float32:
         return self.values.take(stored)

@@ -11,6 +11,7 @@ Shapes: N blocks, T tokens, K entries, S draws, Z temperatures, R rows with note
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _sorted_pairs(ranks: AnyArray, values: AnyArray, orders: IdOrders) -> tuple[
     if values.dtype != np.uint16:
         order = np.argsort(ranks, axis=1, kind="stable")
         return np.take_along_axis(ranks, order, 1), np.take_along_axis(values, order, 1)
-    wide = np.uint64 if orders.stride > 1 << 16 else np.uint32
+    wide: Any = np.uint64 if orders.stride > 1 << 16 else np.uint32
     keys = (ranks.astype(wide) << wide(16)) | values
     keys.sort(axis=1)
     return keys >> wide(16), keys.astype(np.uint16)

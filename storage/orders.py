@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from storage.sampling import INCREMENT, mix
-from storage.types import AnyArray, Int32, Int64
+from storage.types import AnyArray, Float32, Int32, Int64
 
 MAX_CLASSES, NEAR = 32, 1024
 TOKENS_A_CLASS = 256
@@ -64,7 +64,7 @@ class IdOrders:
     @property
     def stride(self) -> int:
         """R + V, the number of ranks."""
-        return self.near.shape[1] + self.vocab_size
+        return int(self.near.shape[1]) + self.vocab_size
 
     @cached_property
     def ranks(self) -> Int32:
@@ -80,7 +80,8 @@ class IdOrders:
     @cached_property
     def _costs(self) -> AnyArray:
         """int16 [V, C]: about the bits of an id in a class, in units of 1/32; _ASKED of them fit."""
-        return np.rint(32.0 * np.log2(self.ranks + _SHIFT)).astype(np.int16)
+        costs: AnyArray = np.rint(32.0 * np.log2(self.ranks + _SHIFT)).astype(np.int16)
+        return costs
 
     def classify(self, ids: AnyArray) -> Int64:
         """Returns each row's class, int64 [n]: the one in which its ids [n, K] are cheapest.
@@ -131,7 +132,8 @@ def _scores(ids: AnyArray, member: Int64, common: AnyArray, classes: int) -> Any
     counts = np.bincount(pairs.reshape(-1), minlength=len(common) * classes)
     counts = counts.reshape(len(common), classes)
     total = counts.sum(0) + _SMOOTHING
-    return np.log((counts + _SMOOTHING * common[:, None]) / total).astype(np.float32)
+    scores: Float32 = np.log((counts + _SMOOTHING * common[:, None]) / total).astype(np.float32)
+    return scores
 
 
 def _best(scores: AnyArray, ids: AnyArray) -> Int64:

@@ -23,7 +23,9 @@ _LAST = ("cache.json", "corpus.json")
 _THREADS = 8
 
 
-def push(root: Path, owners: manifest.Owners, target: RemotePath, tell: Callable[[int], None]) -> int:
+def push(
+    root: Path, owners: manifest.Owners, target: RemotePath, tell: Callable[[int], None]
+) -> int:
     """Copies a corpus or a cache; returns the bytes sent.
 
     Args:

@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 SCHOLIAST := $(BIN)/scholiast
 
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student test lint clean
+.PHONY: help cache-teachers train-student test test-s3 lint clean
 
 help:  ## what can be made
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -36,6 +36,9 @@ lint: $(BIN)/.installed-test  ## ruff and mypy --strict
 
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest
+
+test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback
+	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py
 
 clean:  ## remove the virtual environment (runs/ is yours and stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

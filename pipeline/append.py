@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.workspace import Workspace
 from stages.corpus_identity import require_appendable
 from storage.blocks import CorpusInfo
+from storage.remote import require_local
 
 
 def append_sources(work: Workspace) -> tuple[CorpusInfo, int]:
@@ -19,7 +20,7 @@ def append_sources(work: Workspace) -> tuple[CorpusInfo, int]:
         CorpusError, TeacherError, DiskFull: the corpus stays as it was.
     """
     work.ensure_assets()
-    corpus, root = work.config.corpus, work.config.corpus_folder
+    corpus, root = work.config.corpus, require_local(work.config.corpus_folder, "corpus_dir")
     identity, before = require_appendable(corpus, root, work.memo)
     if identity == before.identity:
         return before, 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from storage.errors import ConfigError, IncompleteCache
+from storage.remote import require_local
 
 if TYPE_CHECKING:
     from pipeline.block_view import BlockView
@@ -84,8 +85,9 @@ def find_target(path: Path, overrides: Sequence[str]) -> Target:
         from pipeline.config import load_config
 
         config = load_config(path, overrides)
-        folders = {"corpus": config.corpus_folder}
-        folders |= {name: config.cache_folder / name for name in config.teachers}
+        folders = {"corpus": require_local(config.corpus_folder, "corpus_dir")}
+        caches = require_local(config.cache_folder, "cache_dir")
+        folders |= {name: caches / name for name in config.teachers}
         stores = {name: folder for name, folder in folders.items() if kind_of(folder)}
         target = Target(stores, (config.corpus.tokenizer, config.corpus.tokenizer_revision))
     if not target.stores:

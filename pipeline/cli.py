@@ -278,6 +278,26 @@ def generate(
 
 
 @main.command()
+@run_options
+@click.argument("url")
+def push(config: Path, url: str, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+    """Copy the finished corpus and caches to a remote store.
+
+    What is there already is skipped. Then train anywhere with corpus_dir: URL/corpus and
+    cache_dir: URL/cache.
+
+    \b
+    Example: scholiast push my.yaml s3://bucket/prefix
+    """
+    from pipeline.console import human_bytes
+    from pipeline.publish import publish
+
+    work, _ = open_workspace(config, overrides, quiet)
+    for name, size in publish(work, url).items():
+        click.echo(f"pushed {name}: {human_bytes(size)} sent to {url.rstrip('/')}/{name}")
+
+
+@main.command()
 @json_option
 @run_options
 def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:

@@ -20,12 +20,15 @@ from stages.options import (
     FusionOptions,
     LossOptions,
     Options,
+    ReadingOptions,
     StoreOptions,
     StudentOptions,
     TeacherOptions,
     TrainOptions,
 )
 from storage.errors import ConfigError
+from storage.local_cache import LocalCache
+from storage.remote import Root, root_of
 
 
 class RunConfig(Options):
@@ -33,8 +36,12 @@ class RunConfig(Options):
 
     name: str = Field("run", min_length=1, description="Shown in the report.")
     run_dir: str = Field(description="Folder for students, evaluation and report.")
-    corpus_dir: str | None = Field(None, description="Prepared blocks; default run_dir/corpus.")
-    cache_dir: str | None = Field(None, description="Teachers' notes; default run_dir/cache.")
+    corpus_dir: str | None = Field(
+        None, description="Prepared blocks, a folder or a URL; default run_dir/corpus."
+    )
+    cache_dir: str | None = Field(
+        None, description="Teachers' notes, a folder or a URL; default run_dir/cache."
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one."
     )
@@ -52,6 +59,14 @@ class RunConfig(Options):
     loss: LossOptions = LossOptions()
     train: TrainOptions
     evaluate: EvaluateOptions = EvaluateOptions()
+    reading: ReadingOptions = ReadingOptions()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _local(cls, run_dir: str) -> str:
+        if "://" in run_dir:
+            raise ValueError("the run's folder is local; corpus_dir and cache_dir may be URLs")
+        return run_dir
 
     @field_validator("teachers")
     @classmethod
@@ -126,12 +141,20 @@ class RunConfig(Options):
         return Path(self.run_dir)
 
     @property
-    def corpus_folder(self) -> Path:
-        return Path(self.corpus_dir) if self.corpus_dir else self.run / "corpus"
+    def corpus_folder(self) -> Root:
+        return self._root(self.corpus_dir) if self.corpus_dir else self.run / "corpus"
 
     @property
-    def cache_folder(self) -> Path:
-        return Path(self.cache_dir) if self.cache_dir else self.run / "cache"
+    def cache_folder(self) -> Root:
+        return self._root(self.cache_dir) if self.cache_dir else self.run / "cache"
+
+    def _root(self, place: str) -> Root:
+        return root_of(place, self.local_cache)
+
+    @property
+    def local_cache(self) -> LocalCache:
+        folder = Path(self.reading.local_cache).expanduser()
+        return LocalCache(folder, self.reading.local_cache_bytes)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

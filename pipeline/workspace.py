@@ -19,6 +19,7 @@ from storage import durable
 from storage.blocks import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import HashMemo, fingerprint
+from storage.remote import require_local
 from storage.writer import save_info
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Workspace:
         if info is None:
             from stages.corpus import prepare
 
-            info = prepare(self.config.corpus, self.config.corpus_folder, self.memo, self.progress)
+            folder = require_local(self.config.corpus_folder, "corpus_dir")
+            info = prepare(self.config.corpus, folder, self.memo, self.progress)
         return info
 
     def jobs(self, info: CorpusInfo) -> list[TeacherJob]:
@@ -76,11 +78,12 @@ class Workspace:
 
     def cache_teachers(self) -> list[TeacherJob]:
         """Does what is left of stage one; returns the finished jobs."""
+        require_local(self.config.cache_folder, "cache_dir")
         info = self.prepare()
         jobs = self.jobs(info)
         for job in jobs:
             if job.done and not (job.root / "cache.json").exists():  # it was lost
-                save_info(job.root, job.identity, job.layout)
+                save_info(job.local_root, job.identity, job.layout)
         if any(job.pending for job in jobs):
             self._setup_torch()
             from stages.cache_teachers import cache_teachers
@@ -221,7 +224,8 @@ class Workspace:
         on_device = self.config.train.decode == "device"
         reader = self.batch_reader(name == FUSED, on_device)
         evaluation = self.batch_reader()
-        Trainer(run, student, tokenizer, reader, evaluation, self.progress).train()
+        threads = self.config.reading.fetch_threads
+        Trainer(run, student, tokenizer, reader, evaluation, self.progress, threads).train()
 
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -86,19 +87,21 @@ def to_host(notes: RowNotes) -> HostNotes:
 class _Sums:
     """What passes over the logits leave; logits are counted from the row's largest.
 
-    head [R, K], gold [R], drawn [R, S]: logits; e: sums [R] of exp; tail: of exp, tail_cross: of
-    logit·exp, both over what is not kept; powers [R, Z]: of exp(logit/τ).
+    ids, head: [R, K], the K most probable and their logits; gold: [R], a logit; tails: [R, Z + 1],
+    Σ exp(logit/τ) outside these K for each τ and for 1; cross: [R], Σ logit·exp there; drawn: [R, S],
+    the logits of draw_ids, −inf where there is no tail.
     """
 
     ids: Tensor
     head: Tensor
     gold: Tensor
-    e: Tensor
-    tail: Tensor
-    tail_cross: Tensor
-    powers: Tensor
+    tails: Tensor
+    cross: Tensor
     draw_ids: Tensor
     drawn: Tensor
+
+
+Rows = TypeVar("Rows", _Sums, RowNotes)
 
 
 def annotate_logits(
@@ -110,8 +113,8 @@ def annotate_logits(
     tail = Σ_{v not kept} p_v (summed directly, not as 1 − head, which would cancel),
     log_z(τ) = log Σ exp((z − L)/τ).
 
-    Cost: K-selection and, slice by slice in the cache, eight passes, four for each further
-    temperature (three at τ = 2), three for draws. In place, with a buffer of one slice.
+    Cost: K-selection (one pass) and, slice by slice in the cache, five passes, three for each
+    temperature but 1, one for draws. In place, with a buffer of one slice.
 
     Args:
         logits_CV: float32 or float64 [C, V], without padding rows of the head; overwritten.
@@ -130,58 +133,66 @@ def annotate_logits(
         rows = slice(start, start + starts.step)
         logits = logits_CV[rows]
         pieces.append(_sums(logits, gold_C[rows], rule, uniform_C[rows], e[: len(logits)]))
-    sums = _join(pieces)
-    lse = sums.e.log()  # L, counted from the largest logit
-    head = sums.head.exp()
-    cross = sums.tail_cross + (head * sums.head).sum(-1)
-    scales = torch.tensor(rule.temperatures, dtype=lse.dtype, device=lse.device)
-    tail = sums.tail / sums.e
-    return RowNotes(
-        ids=sums.ids,
-        logprobs=(sums.head - lse[:, None]).clamp(LOG_ZERO, 0.0),
-        entropy=(lse - cross / sums.e).clamp_min(0.0),
-        log_tail_mass=tail.log().clamp(LOG_ZERO, 0.0),
-        gold_logprob=(sums.gold - lse).clamp(LOG_ZERO, 0.0),
-        log_z=sums.powers.log() - lse[:, None] / scales,
-        draw_ids=sums.draw_ids,
-        draw_logprobs=(sums.drawn - lse[:, None]).clamp(LOG_ZERO, 0.0),
-    )
+    return _finish(_join(_Sums, pieces), rule)
 
 
 def _sums(logits: Tensor, gold: Tensor, rule: NoteRule, uniform: Tensor, e: Tensor) -> _Sums:
     """Passes over a slice of logits; overwrites it and `e`, a buffer of its shape."""
-    head, ids = top_k(logits, rule.k)
-    largest = head[:, :1].clone()
-    head, below = head.sub_(largest), logits.sub_(largest)
-    gold = below.gather(-1, gold[:, None])[:, 0]
+    top, ids = top_k(logits, rule.k)
+    largest = top[:, :1]
+    head, below = top - largest, logits.sub_(largest)
+    gold_logit = below.gather(-1, gold[:, None])[:, 0]
     below.scatter_(-1, ids, GONE)
     tails = _exponentials(below, rule.temperatures, e)
-    powers = {t: tail + (head / t).exp().sum(-1) for t, tail in tails.items()}
-    tail = tails[1.0]
-    if rule.top_p < 1.0:
-        head_e = head.exp()
-        before = torch.nn.functional.pad(head_e.double().cumsum(-1)[:, :-1], (1, 0))
-        kept = before < rule.top_p * powers[1.0][:, None]
-        below.scatter_(-1, ids, head.masked_fill(kept, GONE))
-        tail = e.scatter_(-1, ids, head_e.masked_fill(kept, 0.0)).sum(-1)
-        ids = torch.where(kept, ids, ids[:, :1])
-        head = head.masked_fill(~kept, LOG_ZERO)
+    cross = below.mul_(e).sum(-1)
     draw_ids, drawn = ids[:, :0], head[:, :0]
     if rule.draws:
-        empty = (tail == 0.0)[:, None]
-        draw_ids = torch.where(empty, ids[:, :1], draw(e, uniform, rule.draws))
-        drawn = below.gather(-1, draw_ids).masked_fill_(empty, LOG_ZERO)
-    return _Sums(
-        ids=ids, head=head, gold=gold, e=powers[1.0], tail=tail,
-        tail_cross=below.mul_(e).sum(-1),
-        powers=torch.stack([powers[t] for t in rule.temperatures], -1)
-        if rule.temperatures else head[:, :0],
-        draw_ids=draw_ids, drawn=drawn,
-    )  # fmt: skip
+        if rule.top_p < 1.0:  # what is cut from the head may be drawn
+            kept = _kept(head.exp(), tails[:, -1], rule.top_p)
+            e.scatter_(-1, ids, head.exp().masked_fill_(kept, 0.0))
+        draw_ids = draw(e, uniform, rule.draws)
+        drawn = e.gather(-1, draw_ids).log_()
+        draw_ids = torch.where(torch.isneginf(drawn), ids[:, :1], draw_ids)
+    return _Sums(ids, head, gold_logit, tails, cross, draw_ids, drawn)
 
 
-def _exponentials(below: Tensor, temperatures: tuple[float, ...], e: Tensor) -> dict[float, Tensor]:
-    """Returns Σ exp(below/τ) for each τ and for 1, and leaves exp(below) in `e`.
+def _kept(head_e: Tensor, tail: Tensor, top_p: float) -> Tensor:
+    """Returns bool [R, K]: whether the mass before an entry has not yet reached top_p."""
+    mass = head_e.double().cumsum(-1)
+    total = mass[:, -1:] + tail[:, None]
+    return torch.nn.functional.pad(mass[:, :-1], (1, 0)) < top_p * total
+
+
+def _finish(sums: _Sums, rule: NoteRule) -> RowNotes:
+    """Turns the sums of a chunk into its notes; O(C·K)."""
+    head, head_e, tail = sums.head, sums.head.exp(), sums.tails[:, -1]
+    total = tail + head_e.sum(-1)
+    lse = total.log()[:, None]  # L, counted from the largest logit
+    entropy = lse[:, 0] - (sums.cross + (head_e * head).sum(-1)) / total
+    log_z = [
+        (sums.tails[:, z] + (head / t).exp().sum(-1)).log() - lse[:, 0] / t
+        for z, t in enumerate(rule.temperatures)
+    ]
+    ids, logprobs = sums.ids, (head - lse).clamp(LOG_ZERO, 0.0)
+    if rule.top_p < 1.0:
+        kept = _kept(head_e, tail, rule.top_p)
+        tail = tail + head_e.masked_fill(kept, 0.0).sum(-1)
+        ids = torch.where(kept, ids, ids[:, :1])
+        logprobs = logprobs.masked_fill(~kept, LOG_ZERO)
+    return RowNotes(
+        ids=ids,
+        logprobs=logprobs,
+        entropy=entropy.clamp_min(0.0),
+        log_tail_mass=(tail.log() - lse[:, 0]).clamp(LOG_ZERO, 0.0),
+        gold_logprob=(sums.gold - lse[:, 0]).clamp(LOG_ZERO, 0.0),
+        log_z=torch.stack(log_z, -1) if log_z else lse[:, :0],
+        draw_ids=sums.draw_ids,
+        draw_logprobs=(sums.drawn - lse).clamp(LOG_ZERO, 0.0),
+    )
+
+
+def _exponentials(below: Tensor, temperatures: tuple[float, ...], e: Tensor) -> Tensor:
+    """Returns Σ exp(below/τ) for each τ, and last for 1, [R, Z + 1]; leaves exp(below) in `e`.
 
     exp(below) is the square of exp(below/2) where τ = 2 is asked for. Roots of exp(below) would be
     no quicker, and wrong: it underflows below −103, where its τ-th roots still count.
@@ -195,14 +206,7 @@ def _exponentials(below: Tensor, temperatures: tuple[float, ...], e: Tensor) -> 
         else:
             torch.mul(below, 1.0 / t, out=e).exp_()
         sums[t] = e.sum(-1)
-    return sums
-
-
-def _join(pieces: list[_Sums]) -> _Sums:
-    return _Sums(**{
-        field.name: torch.cat([getattr(piece, field.name) for piece in pieces])
-        for field in fields(_Sums)
-    })  # fmt: skip
+    return torch.stack([sums[t] for t in (*temperatures, 1.0)], -1)
 
 
 def annotate_rows(
@@ -223,8 +227,12 @@ def annotate_rows(
         rows = slice(start, start + chunk)
         logits = head(hidden_RD[rows])[:, : layout.vocab_size]
         pieces.append(annotate_logits(logits, gold_R[rows], rule, uniform_R[rows]))
-    names = [field.name for field in fields(RowNotes)]
-    return RowNotes(**{n: torch.cat([getattr(piece, n) for piece in pieces]) for n in names})
+    return _join(RowNotes, pieces)
+
+
+def _join(kind: type[Rows], pieces: list[Rows]) -> Rows:
+    names = [field.name for field in fields(kind)]
+    return kind(**{n: torch.cat([getattr(piece, n) for piece in pieces]) for n in names})
 
 
 def pool(hidden_BTD: Tensor, present_BT: Tensor, segments: int) -> tuple[Tensor, Tensor]:
@@ -292,16 +300,17 @@ class PartAnnotator:
         return arrays
 
     def heads(self, blocks: TokenBlocks, batch: int) -> Int64:
-        """Returns the head's ids [R, K] of the scored rows: what orders of ids are learned from.
+        """Returns head and draws [R, K + S] of the scored rows: what orders of ids are learned from.
 
         Raises:
             NonFiniteLogits
         """
-        count, pieces = len(blocks.block_ids), [np.zeros((0, self.layout.k), np.int64)]
+        width = self.layout.k + self.layout.draws
+        count, pieces = len(blocks.block_ids), [np.zeros((0, width), np.int64)]
         for start in range(0, count, batch):
             notes = self._batch(blocks.take(slice(start, min(start + batch, count))), None)
             if notes is not None:
-                pieces.append(notes.ids)
+                pieces.append(np.concatenate([notes.ids, notes.draw_ids], 1))
         return np.concatenate(pieces)
 
     @torch.inference_mode()

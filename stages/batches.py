@@ -143,7 +143,9 @@ class BatchReader:
     def _with_notes(self, batch: Batch, blocks: TokenBlocks) -> Batch:
         if self._on_device:
             packed = {
-                name: {key: torch.from_numpy(a) for key, a in cache.packed(blocks.block_ids).items()}
+                name: {
+                    key: torch.from_numpy(a) for key, a in cache.packed(blocks.block_ids).items()
+                }
                 for name, cache in self.caches.items()
             }
             return replace(batch, packed=packed)

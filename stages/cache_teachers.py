@@ -8,7 +8,6 @@ chunk of logits and one part of notes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from storage.blocks import BlockReader
 from storage.durable import require_free
 from storage.layout import Layout
 from storage.orders import IdOrders, learn_orders
+from storage.remote import Root
 from storage.types import Int64
 from storage.writer import CacheWriter
 
@@ -34,7 +34,7 @@ LEARNING_TOKENS = 16_384
 def cache_teachers(
     jobs: Sequence[TeacherJob],
     store: StoreOptions,
-    corpus_dir: Path,
+    corpus_dir: Root,
     tokenizer: Any,
     device_name: str,
     progress: Progress,
@@ -60,7 +60,7 @@ def cache_teachers(
             trust_remote_code=job.options.trust_remote_code,
         )  # fmt: skip
         require_same_tokenizer(tokenizer, theirs, "the corpus", f"teacher {job.name!r}")
-        require_free(job.root, job.expected_bytes(), f"the cache of teacher {job.name!r}")
+        require_free(job.local_root, job.expected_bytes(), f"the cache of teacher {job.name!r}")
     reader = BlockReader(corpus_dir)
     for job in waiting:
         _cache_one(job, store, reader, device, progress)
@@ -84,7 +84,7 @@ def _cache_one(
             ids = annotator.heads(blocks, job.options.batch_blocks)
             return learn_orders(ids, job.layout.vocab_size)
 
-        writer = CacheWriter(job.root, job.identity, job.layout, learn)
+        writer = CacheWriter(job.local_root, job.identity, job.layout, learn)
         total = job.layout.blocks * job.layout.block_length
         left = job.layout.blocks_of(job.pending) * job.layout.block_length
         progress.start(f"cache {job.name}", total, "token", total - left)
@@ -118,14 +118,14 @@ def _do_part(
 ) -> None:
     tokens, usage = _tokens(job, part), Usage(device)
     raw = int(job.layout.bytes_per_token_raw() * tokens)
-    require_free(job.root, raw, f"part {part} of teacher {job.name!r}")
+    require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}")
     arrays = annotator.annotate(
         reader.part(part), writer.orders, job.options.batch_blocks, progress.advance
     )
     computed = usage.seconds
     writer.write_part(part, arrays)
     append_log(
-        job.root,
+        job.local_root,
         {
             "part": part, "tokens": tokens, "seconds": usage.seconds,
             "write_seconds": usage.seconds - computed, "peak_bytes": usage.peak_bytes,

@@ -12,6 +12,7 @@ from stages.options import CorpusOptions
 from storage.blocks import FORMAT, CorpusInfo, load_begun, load_info
 from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
+from storage.remote import Root
 
 
 def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
 
 
 def require_corpus(
-    options: CorpusOptions, root: Path, memo: HashMemo
+    options: CorpusOptions, root: Root, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
     """Returns (identity, the corpus at `root` if it is complete).
 
@@ -86,7 +87,7 @@ def _extends(identity: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
 
 
 def _other(
-    identity: Mapping[str, Any], stands: Mapping[str, Any], root: Path, grown: bool
+    identity: Mapping[str, Any], stands: Mapping[str, Any], root: Root, grown: bool
 ) -> StaleCache:
     expected, found = describe_differences(identity, stands)
     todo = (

@@ -142,8 +142,9 @@ class FusionOptions(Options):
         None, description="The cached teachers to fuse; all if not given."
     )
     k: Count | None = Field(
-        None, description="Head entries to use, the most probable ones; all that are cached if not "
-        "given."
+        None,
+        description="Head entries to use, the most probable ones; all that are cached if not "
+        "given.",
     )
 
 
@@ -237,6 +238,21 @@ class TrainOptions(Options):
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together exceed the run")
         return self
+
+
+class ReadingOptions(Options):
+    """How corpus_dir and cache_dir are read where they are URLs."""
+
+    local_cache: str = Field(
+        "~/.cache/scholiast", description="Folder for what is fetched; processes may share it."
+    )
+    local_cache_bytes: Count = Field(
+        50_000_000_000,
+        description="Its size; the least recently read is evicted. 128 parts of all should fit.",
+    )
+    fetch_threads: Annotated[int, Field(ge=0)] = Field(
+        8, description="Threads that fetch the order's next parts ahead; 0: when they are read."
+    )
 
 
 class EvaluateOptions(Options):

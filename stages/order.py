@@ -23,6 +23,7 @@ part in the shuffled order and ascending within a part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,6 +86,10 @@ class BlockOrder:
     def __len__(self) -> int:
         """Samples of an epoch."""
         return int(self._before[-1])
+
+    def copy(self) -> BlockOrder:
+        """Returns the same order for another thread: each remembers the epoch and window it is in."""
+        return copy.copy(self)
 
     def take(self, position: Position, count: int) -> tuple[Int64, Position]:
         """Returns the next `count` blocks, running on into the next epoch, and what follows them."""

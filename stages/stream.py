@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stages.batches import Batch, BatchReader
 from stages.order import BlockOrder, Position
+from stages.prefetch import Prefetcher
 from storage.errors import ScholiastError
 from storage.types import Int64
 
@@ -65,6 +66,7 @@ def steps_of_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    fetch_threads: int = 0,
 ) -> Generator[tuple[list[Batch], Position], None, None]:
     """Yields each optimizer step's batches on one rank and the position after it, read ahead.
 
@@ -72,16 +74,23 @@ def steps_of_batches(
         position: of the first step, in samples of all ranks.
         batch_blocks, accumulate: blocks of a micro-batch, micro-batches of a step, per rank.
         workers: processes that read; 0 is a thread of this one.
+        fetch_threads: threads that fetch remote parts ahead.
 
     Raises:
         ScholiastError: what reading raises, whoever reads; or a worker died.
     """
     share = Share(batch_blocks, accumulate, rank, world)
     ahead = _by_workers if workers else _by_thread
-    with contextlib.closing(ahead(reader, order, position, share, workers)) as batches:
+    # An order of its own: the readers' is used in another thread, and remembers its window.
+    fetcher = Prefetcher(reader, order.copy(), fetch_threads)
+    with (
+        contextlib.closing(ahead(reader, order, position, share, workers)) as batches,
+        contextlib.closing(fetcher),
+    ):
         while True:
             step = [next(batches) for _ in range(accumulate)]
             position = order.after(position, share.samples)
+            fetcher.ahead_of(position)  # its threads begin after the workers were forked
             yield step, position
 
 

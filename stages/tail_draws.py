@@ -36,7 +36,7 @@ def draw(weights_RV: Tensor, uniform_R: Tensor, draws: int) -> Tensor:
     depth = min(DEPTH, width)
     groups = width // depth
     whole = depth * groups
-    slices = weights_RV[:, :whole].unflatten(-1, (depth, groups)).sum(1)
+    slices = weights_RV[:, :whole].view(-1, depth, groups).sum(1)
     rest = weights_RV[:, whole:].sum(-1, keepdim=True)
     ends = torch.cat([slices, rest], -1).cumsum(-1, dtype=torch.float64)  # [R, G + 1]
     total = ends[:, -1:]

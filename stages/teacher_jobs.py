@@ -31,6 +31,7 @@ from storage.errors import ConfigError, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
 from storage.layout import FORMAT, Layout
+from storage.remote import Root, require_local
 from storage.writer import owners, require_identity
 
 COMPRESSION = 0.55
@@ -54,11 +55,16 @@ class TeacherJob:
     name: str
     options: TeacherOptions
     folder: Path
-    root: Path
+    root: Root
     identity: dict[str, Any]
     layout: Layout
     done: tuple[int, ...]
     pending: tuple[int, ...]
+
+    @property
+    def local_root(self) -> Path:
+        """The cache folder, to write to (ConfigError if it is remote)."""
+        return require_local(self.root, "cache_dir")
 
     def expected_bytes(self) -> int:
         """Returns the bytes that the pending parts will take, from finished parts or an estimate."""
@@ -74,7 +80,7 @@ def plan_jobs(
     teachers: Mapping[str, TeacherOptions],
     store: StoreOptions,
     info: CorpusInfo,
-    cache_dir: Path,
+    cache_dir: Root,
     memo: HashMemo,
 ) -> list[TeacherJob]:
     """Returns every teacher's job, in the order of the configuration.
@@ -95,7 +101,7 @@ def _job(
     options: TeacherOptions,
     store: StoreOptions,
     info: CorpusInfo,
-    root: Path,
+    root: Root,
     memo: HashMemo,
 ) -> TeacherJob:
     key = f"teachers.{name}.model"
@@ -106,7 +112,8 @@ def _job(
         blocks=info.blocks, blocks_per_part=info.blocks_per_part, block_length=info.block_length,
         vocab_size=info.vocab_size, preset=store.preset,
         k=min(store.entries, info.vocab_size) if store.k is None else store.k,
-        draws=store.drawn, top_p=store.top_p, seed=store.seed, temperatures=store.temperatures, feature_layers=options.feature_layers,
+        draws=store.drawn, top_p=store.top_p, seed=store.seed,
+        temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
         generations=_generations(info),
     )  # fmt: skip
@@ -209,7 +216,7 @@ def stored_bytes(job: TeacherJob) -> int:
     return stored(job).bytes
 
 
-def log_path(root: Path) -> Path:
+def log_path(root: Root) -> Root:
     """Returns the file of measurements: a line a part, never part of the cache's identity."""
     return root / "log.jsonl"
 
@@ -220,15 +227,16 @@ def append_log(root: Path, row: Mapping[str, Any]) -> None:
     Raises:
         DiskFull
     """
-    with disk_errors(log_path(root)):
-        fd = os.open(log_path(root), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    path = root / "log.jsonl"
+    with disk_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(fd, (json.dumps(row) + "\n").encode())
         finally:
             os.close(fd)
 
 
-def read_log(root: Path) -> list[dict[str, Any]]:
+def read_log(root: Root) -> list[dict[str, Any]]:
     """Returns the newest measurements (some 25,000); a line cut by a crash is passed over."""
     try:
         with log_path(root).open("rb") as file:
@@ -263,7 +271,7 @@ class Measured:
     device: str
 
 
-def measured(root: Path) -> Measured | None:
+def measured(root: Root) -> Measured | None:
     """Returns the log's sums, None if nothing was measured."""
     rows = read_log(root)
     if not any(row["seconds"] for row in rows):

@@ -38,7 +38,7 @@ def top_k(values_RW: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values_RW.topk(k, dim=-1)
     groups = values_RW.shape[-1] // depth
     whole = depth * groups  # fewer than `depth` columns lie beyond
-    slices = values_RW[:, :whole].unflatten(-1, (depth, groups))
+    slices = values_RW[:, :whole].view(-1, depth, groups)
     chosen = _largest(slices.amax(1).numpy(), k)
     index = torch.from_numpy(chosen)[:, None, :].expand(-1, depth, -1)
     candidates = slices.gather(2, index).flatten(1)

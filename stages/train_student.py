@@ -101,6 +101,7 @@ class Trainer:
         reader: batches of training blocks.
         evaluation: batches of held-out blocks, with fused targets.
         progress: who listens.
+        fetch_threads: threads that fetch remote parts ahead.
 
     Raises (on construction):
         CorpusError: there is nothing to train on.
@@ -115,6 +116,7 @@ class Trainer:
         reader: BatchReader,
         evaluation: BatchReader,
         progress: Progress,
+        fetch_threads: int = 0,
     ) -> None:
         if not any(count for _, count in run.train_blocks):
             raise CorpusError(
@@ -123,6 +125,7 @@ class Trainer:
             )  # fmt: skip
         self.run, self.student, self.tokenizer = run, student, tokenizer
         self.reader, self.evaluation, self.progress = reader, evaluation, progress
+        self.fetch_threads = fetch_threads
         self.device = next(student.parameters()).device
         info = reader.corpus.info
         self.order = BlockOrder(
@@ -150,7 +153,7 @@ class Trainer:
         self.progress.start(f"train {run.folder.name}", run.steps, "step", self.step)
         stream = steps_of_batches(
             self.reader, self.order, self.position, options.batch_blocks, options.accumulate,
-            workers=options.workers,
+            workers=options.workers, fetch_threads=self.fetch_threads,
         )  # fmt: skip
         usage, before = Usage(self.device), self.seconds
         if self.step == 0:

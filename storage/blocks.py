@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from storage import durable, manifest
 from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.generations import Generation, part_of, part_range, parts_until
+from storage.remote import RemotePath, Root, open_object
 from storage.types import AnyArray, Bool, Int64, TokenBlocks
 
 FORMAT = 2
@@ -192,7 +194,7 @@ def save_begun(
     durable.write_bytes(root / "begun.json", canonical_json(body))
 
 
-def load_begun(root: Path) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
+def load_begun(root: Root) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
     """Returns (identity, generations) of what was begun at `root`, None if that cannot be told."""
     try:
         body = json.loads((root / "begun.json").read_bytes())
@@ -210,7 +212,7 @@ def save_info(root: Path, info: CorpusInfo) -> None:
     durable.write_bytes(root / "corpus.json", canonical_json(body))
 
 
-def load_info(root: Path) -> CorpusInfo | None:
+def load_info(root: Root) -> CorpusInfo | None:
     """Returns what `corpus.json` states, or None if the corpus is not complete.
 
     Raises:
@@ -240,7 +242,7 @@ def load_info(root: Path) -> CorpusInfo | None:
     return CorpusInfo(**body)
 
 
-def stored_bytes(root: Path, info: CorpusInfo) -> tuple[int, int]:
+def stored_bytes(root: Root, info: CorpusInfo) -> tuple[int, int]:
     """Returns (bytes of all parts and manifests, how many parts were looked at): scaled by blocks."""
     size, blocks, sampled = 0, 0, 0
     for vouched, own in manifest.sampled(root, range(info.parts), info.owners):
@@ -256,7 +258,7 @@ class BlockReader:
         IncompleteCache: the corpus is not complete.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Root) -> None:
         info = load_info(root)
         if info is None:
             raise IncompleteCache(
@@ -292,6 +294,19 @@ class BlockReader:
         """Returns all blocks of one part."""
         return self._part(part)
 
+    def fetch(self, part: int) -> int:
+        """Brings a remote part's file into the local cache (any thread may); returns its bytes.
+
+        Raises:
+            MissingShard, CorruptShard, RemoteError
+        """
+        vouched = manifest.load(self.root, part, self.info.owners.of(part))
+        size, digest = vouched.objects[object_name(part)] if vouched else (0, "")
+        remote = self.root / object_name(part)
+        if vouched and isinstance(remote, RemotePath):
+            remote.fetch(size, digest)
+        return size
+
     def _part(self, part: int) -> TokenBlocks:
         if part in self._open:
             self._open.move_to_end(part)
@@ -303,16 +318,22 @@ class BlockReader:
         return blocks
 
 
-def _read_part(root: Path, part: int, identity_fingerprint: str) -> TokenBlocks:
+def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     path = root / object_name(part)
     vouched = manifest.load(root, part, identity_fingerprint)
-    if vouched is None or not path.exists():
-        raise MissingShard(
-            "a part of the corpus is missing", where=path,
-            todo="delete corpus.json in this folder and run `scholiast prepare` again",
-        )  # fmt: skip
-    data = path.read_bytes()
-    if bytes_sha256(data) != vouched.objects[object_name(part)][1]:
+    missing = MissingShard(
+        "a part of the corpus is missing", where=path,
+        todo="delete corpus.json in this folder and run `scholiast prepare` again",
+    )  # fmt: skip
+    if vouched is None:
+        raise missing
+    size, digest = vouched.objects[object_name(part)]
+    try:
+        with os.fdopen(open_object(path, size, digest), "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise missing from None
+    if bytes_sha256(data) != digest:
         raise CorruptShard(
             "a part of the corpus has bytes that were not written there", where=path,
             todo="delete this file, its manifest and corpus.json, and run `scholiast prepare` again",

@@ -80,5 +80,9 @@ class DiskFull(ScholiastError):
     """Too little free space, before or during a write."""
 
 
+class RemoteError(ScholiastError):
+    """A remote store cannot be reached, or refuses us."""
+
+
 class CheckpointError(ScholiastError):
     """A training checkpoint cannot be used by this run."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -218,7 +218,6 @@ def create_group(path: Path, layout: Layout, orders: IdOrders) -> None:
     """Creates the group at `path`: the orders of ids, and the metadata of all other arrays."""
     import zarr
     from zarr.codecs import Crc32cCodec
-    from zarr.codecs.numcodecs import PCodec
 
     with quiet_zarr():
         group = zarr.create_group(path, zarr_format=3)
@@ -226,16 +225,24 @@ def create_group(path: Path, layout: Layout, orders: IdOrders) -> None:
         for name, spec in layout.arrays().items():
             group.create_array(
                 name, shape=spec.shape, shards=spec.shard, chunks=spec.chunk, dtype=spec.dtype,
-                serializer=PCodec(level=PCODEC_LEVEL), compressors=[Crc32cCodec()], fill_value=0,
+                serializer=_pcodec(), compressors=[Crc32cCodec()], fill_value=0,
                 dimension_names=spec.dimensions,
             )  # fmt: skip
         for name, values, names in _tables(layout, orders):
             array = group.create_array(
                 name, shape=values.shape, chunks=values.shape, dtype=values.dtype,
-                serializer=PCodec(level=PCODEC_LEVEL), compressors=[Crc32cCodec()], fill_value=0,
+                serializer=_pcodec("auto"), compressors=[Crc32cCodec()], fill_value=0,
                 dimension_names=names, config={"write_empty_chunks": True},
             )  # fmt: skip
             array[...] = values
+
+
+def _pcodec(delta: Literal["none", "auto"] = "none") -> Any:
+    """Returns the byte codec. The large arrays hold neither deltas nor multiples: not looking for them
+    writes faster, to the same bytes."""
+    from zarr.codecs.numcodecs import PCodec
+
+    return PCodec(level=PCODEC_LEVEL, mode_spec="classic", delta_spec=delta)
 
 
 def _tables(layout: Layout, orders: IdOrders) -> list[tuple[str, AnyArray, tuple[str, ...]]]:

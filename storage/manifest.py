@@ -14,7 +14,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from storage import durable
 from storage.errors import CorruptShard, MissingShard, StaleCache
 from storage.fingerprint import canonical_json, file_sha256, fingerprint
+from storage.remote import RemotePath, Root
 from storage.types import Int64
 
 PREFIX = 12
@@ -32,6 +33,8 @@ PREFIX = 12
 fingerprint stands inside and is compared when the manifest is read."""
 SAMPLE = 1000
 """Manifests that are opened at most to say how much a cache takes."""
+REMOTE_SAMPLE = 32
+"""The same where each takes a request to a store."""
 
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
 
@@ -58,7 +61,7 @@ class Manifest:
     carry: dict[str, Any] = field(default_factory=dict)
 
 
-def path_of(root: Path, part: int, fingerprint: str) -> Path:
+def path_of(root: Root, part: int, fingerprint: str) -> Root:
     """Returns the manifest's place: `root/manifests/000123-0a1b2c3d4e5f.json`."""
     return root / "manifests" / f"{part:06d}-{fingerprint[:PREFIX]}.json"
 
@@ -79,20 +82,28 @@ class Listing:
         return len(self.parts)
 
 
-def listing(root: Path) -> Listing:
+def listing(root: Root) -> Listing:
     """Lists a folder's manifests in one pass; other names (temporary files) are passed over.
 
-    Cost: about 2 µs and 100 bytes a manifest.
+    Cost: about 2 µs and 100 bytes a manifest; of a remote store, a request a thousand.
     """
-    parts, prefixes = [], []
+    folder = root / "manifests"
+    if isinstance(folder, RemotePath):
+        return parse_names(folder.names())
     try:
-        with os.scandir(root / "manifests") as entries:
-            for entry in entries:
-                if found := _NAME.fullmatch(entry.name):
-                    parts.append(int(found[1]))
-                    prefixes.append(found[2].encode())
+        with os.scandir(folder) as entries:
+            return parse_names(entry.name for entry in entries)
     except FileNotFoundError:
-        pass
+        return parse_names([])
+
+
+def parse_names(names: Iterable[str]) -> Listing:
+    """Returns what the names of a folder of manifests say; other names are passed over."""
+    parts, prefixes = [], []
+    for name in names:
+        if found := _NAME.fullmatch(name):
+            parts.append(int(found[1]))
+            prefixes.append(found[2].encode())
     numbers = np.array(parts, np.int64)
     order = np.argsort(numbers, kind="stable")
     return Listing(numbers[order], np.array(prefixes, f"S{PREFIX}")[order])
@@ -120,7 +131,7 @@ class Owners:
         return known[np.searchsorted(self.first_parts, parts, side="right") - 1]
 
 
-def done_parts(root: Path, owners: Owners) -> Int64:
+def done_parts(root: Root, owners: Owners) -> Int64:
     """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
 
     Raises:
@@ -133,7 +144,7 @@ def done_parts(root: Path, owners: Owners) -> Int64:
 
 
 def require_prefixes(
-    root: Path, listed: Listing, expected: npt.NDArray[np.bytes_], todo: str
+    root: Root, listed: Listing, expected: npt.NDArray[np.bytes_], todo: str
 ) -> None:
     """Refuses manifests of another identity.
 
@@ -156,17 +167,22 @@ def require_prefixes(
         )  # fmt: skip
 
 
-def sampled(root: Path, parts: Sequence[int], owners: Owners) -> Iterator[tuple[Manifest, int]]:
-    """Yields (manifest, bytes of its file) of at most SAMPLE finished parts, evenly spread.
+def sampled(root: Root, parts: Sequence[int], owners: Owners) -> Iterator[tuple[Manifest, int]]:
+    """Yields (manifest, bytes of its file) of at most SAMPLE finished parts (REMOTE_SAMPLE of a remote
+    root), evenly spread.
 
     Raises:
         CorruptShard: a manifest's own checksum does not hold.
     """
-    picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), SAMPLE)).round())
+    most = REMOTE_SAMPLE if isinstance(root, RemotePath) else SAMPLE
+    picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), most)).round())
     for part in (parts[int(i)] for i in picked):
-        vouched = load(root, part, owners.of(part))
-        if vouched is not None:
-            yield vouched, path_of(root, part, vouched.fingerprint).stat().st_size
+        path = path_of(root, part, owners.of(part))
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        yield _of_name(parse(path, data), path, part, owners.of(part)), len(data)
 
 
 def describe(root: Path, paths: list[str]) -> dict[str, tuple[int, str]]:
@@ -185,10 +201,11 @@ def save(root: Path, manifest: Manifest) -> None:
         "carry": manifest.carry,
     }
     body["sha256"] = fingerprint(body)
-    durable.write_bytes(path_of(root, manifest.part, manifest.fingerprint), canonical_json(body))
+    name = path_of(root, manifest.part, manifest.fingerprint).name
+    durable.write_bytes(root / "manifests" / name, canonical_json(body))
 
 
-def load(root: Path, part: int, expected: str) -> Manifest | None:
+def load(root: Root, part: int, expected: str) -> Manifest | None:
     """Returns the part's manifest, or None if the part is not done for this fingerprint.
 
     Raises:
@@ -197,7 +214,12 @@ def load(root: Path, part: int, expected: str) -> Manifest | None:
     """
     path = path_of(root, part, expected)
     manifest = read(path)
-    if manifest is not None and (manifest.fingerprint != expected or manifest.part != part):
+    return None if manifest is None else _of_name(manifest, path, part, expected)
+
+
+def _of_name(manifest: Manifest, path: Root, part: int, expected: str) -> Manifest:
+    """Returns the manifest if it is what its name says."""
+    if manifest.fingerprint != expected or manifest.part != part:
         raise StaleCache(
             "a manifest is not what its name says", where=path,
             expected=f"part {part} of fingerprint {expected[:16]}",
@@ -206,18 +228,25 @@ def load(root: Path, part: int, expected: str) -> Manifest | None:
     return manifest
 
 
-def read(path: Path) -> Manifest | None:
+def read(path: Root) -> Manifest | None:
     """Returns the manifest at a path, whatever it is of; None if there is none.
 
     Raises:
         CorruptShard: its own checksum does not hold.
     """
     try:
-        body = json.loads(path.read_bytes())
-        checksum = body.pop("sha256")
-        whole = checksum == fingerprint(body)
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
+    return parse(path, data)
+
+
+def parse(path: Root, data: bytes) -> Manifest:
+    """Returns the manifest that a file's bytes are (see `read` for what is raised)."""
+    try:
+        body = json.loads(data)
+        checksum = body.pop("sha256")
+        whole = checksum == fingerprint(body)
     except (ValueError, KeyError, AttributeError):
         whole = False
     if not whole:
@@ -228,16 +257,18 @@ def read(path: Path) -> Manifest | None:
     return Manifest(**body)
 
 
-def finished(root: Path, part: int, expected: str) -> Manifest | None:
+def finished(root: Root, part: int, expected: str) -> Manifest | None:
     """Returns the manifest if the part is done and its objects are all there with their sizes.
+
+    A remote root's objects are not asked for here: each is checked when it is fetched.
 
     Raises:
         StaleCache: the manifest's content is of something else.
         MissingShard, CorruptShard: an object is gone or has another size.
     """
     manifest = load(root, part, expected)
-    if manifest is None:
-        return None
+    if manifest is None or isinstance(root, RemotePath):
+        return manifest
     redo = REDO.replace("this manifest", str(path_of(root, part, expected)))
     for name, (size, _) in manifest.objects.items():
         path = root / name

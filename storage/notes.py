@@ -11,6 +11,7 @@ Shapes: N blocks, T tokens, K entries, S draws, Z temperatures, R rows with note
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _sorted_pairs(ranks: AnyArray, values: AnyArray, orders: IdOrders) -> tuple[
     if values.dtype != np.uint16:
         order = np.argsort(ranks, axis=1, kind="stable")
         return np.take_along_axis(ranks, order, 1), np.take_along_axis(values, order, 1)
-    wide = np.uint64 if orders.stride > 1 << 16 else np.uint32
+    wide: Any = np.uint64 if orders.stride > 1 << 16 else np.uint32
     keys = (ranks.astype(wide) << wide(16)) | values
     keys.sort(axis=1)
     return keys >> wide(16), keys.astype(np.uint16)
@@ -184,10 +185,9 @@ class NotesDecoder:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
         orders, ids = self._orders, np.empty(gaps.shape, np.int32)
         index = self._index[: gaps.shape[1]]
+        for k in range(1, gaps.shape[1]):
+            np.add(gaps[:, k - 1], gaps[:, k], out=gaps[:, k])
         for n, first in enumerate(classes.astype(np.intp) * orders.stride):
-            block = gaps[n]
-            for k in range(1, len(block)):
-                np.add(block[k - 1], block[k], out=block[k])
-            np.add(block, first, out=index)
+            np.add(gaps[n], first, out=index)
             orders.ids.take(index, out=ids[n], mode="clip")
         return ids

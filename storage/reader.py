@@ -10,7 +10,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
 from storage.layout import Layout, shard_name
+from storage.manifest import Manifest
 from storage.notes import STATISTICS, NotesDecoder
+from storage.remote import RemotePath, Root
 from storage.shard import Shard
 from storage.tables import digest, load_orders
 from storage.types import (
@@ -33,13 +34,14 @@ from storage.types import (
 from storage.writer import open_cache, owners
 
 _OPEN_SHARDS = 256  # file descriptors a reader keeps
+_MANIFESTS = 4096  # that it remembers: a few kB each
 
 
 class CacheReader:
     """Random access to one teacher's complete cache by block id.
 
     Args:
-        root: the teacher's cache folder.
+        root: the teacher's cache folder, also a remote one.
         name: the teacher's name, for messages.
         k: how many of the head's entries are wanted, the most probable ones; all by default.
         layers: which layers' features are wanted; all by default.
@@ -58,7 +60,7 @@ class CacheReader:
 
     def __init__(
         self,
-        root: Path,
+        root: Root,
         name: str = "",
         k: int | None = None,
         layers: Sequence[int] | None = None,
@@ -79,7 +81,7 @@ class CacheReader:
         self.orders = load_orders(root, self.layout)
         self._decoder = NotesDecoder(self.layout, self.orders)
         self._orders = digest(self.orders)
-        self._vouched: set[int] = set()
+        self._vouched: OrderedDict[int, Manifest] = OrderedDict()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()
 
@@ -135,17 +137,38 @@ class CacheReader:
         if key in self._shards:
             self._shards.move_to_end(key)
             return self._shards[key]
-        self._require_part(part)
         spec = self._specs[name]
-        shard = Shard(self.root / shard_name(name, part, len(spec.shape)), spec, part)
+        path = shard_name(name, part, len(spec.shape))
+        shard = Shard(self.root / path, spec, part, self._part(part).objects[path])
         self._shards[key] = shard
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return shard
 
-    def _require_part(self, part: int) -> None:
-        if part in self._vouched:
-            return
+    def fetch(self, part: int) -> int:
+        """Brings a part's wanted shards into the local cache (any thread may); returns their bytes.
+
+        Raises:
+            IncompleteCache, MissingShard, CorruptShard, RemoteError
+        """
+        total, vouched = 0, self._require_part(part)
+        for name in self._wanted:
+            path = shard_name(name, part, len(self._specs[name].shape))
+            size, digest = vouched.objects[path]
+            remote = self.root / path
+            if isinstance(remote, RemotePath):
+                remote.fetch(size, digest)
+            total += size
+        return total
+
+    def _part(self, part: int) -> Manifest:
+        if part not in self._vouched:
+            self._vouched[part] = self._require_part(part)
+            if len(self._vouched) > _MANIFESTS:
+                self._vouched.popitem(last=False)
+        return self._vouched[part]
+
+    def _require_part(self, part: int) -> Manifest:
         vouched = manifest.finished(self.root, part, self._owners.of(part))
         if vouched is None:
             raise IncompleteCache(
@@ -158,11 +181,11 @@ class CacheReader:
                 where=self.root, expected=str(vouched.carry.get("orders"))[:16],
                 found=self._orders[:16], todo="run `scholiast repair`",
             )  # fmt: skip
-        self._vouched.add(part)
+        return vouched
 
 
 def _wanted(
-    root: Path, layout: Layout, k: int | None, layers: Sequence[int] | None
+    root: Root, layout: Layout, k: int | None, layers: Sequence[int] | None
 ) -> tuple[int, tuple[int, ...]]:
     if k is not None and (not 1 <= k <= layout.k or (k < layout.k and layout.draws)):
         raise ConfigError(

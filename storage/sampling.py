@@ -41,7 +41,7 @@ def uniforms(seed: int, block_ids: AnyArray, positions: AnyArray) -> Float64:
     state = np.zeros(blocks.shape, np.uint64)
     for word in (start, blocks.astype(np.uint64), places.astype(np.uint64)):
         state = mix(state + word + np.uint64(INCREMENT))
-    return (state >> np.uint64(11)) * 2.0**-53
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def mix(x: UInt64) -> UInt64:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -11,6 +10,7 @@ from pcodec import standalone
 
 from storage.errors import CorruptShard, MissingShard
 from storage.layout import ArraySpec
+from storage.remote import Root, open_object
 from storage.types import AnyArray
 
 _MISSING = np.uint64(2**64 - 1)
@@ -22,18 +22,25 @@ class Shard:
     Layout (Zarr v3 `sharding_indexed`, index at the end): chunks, then (offset, bytes) as
     little-endian uint64 pairs in C order of the chunk grid, then the index's crc32c.
 
+    Args:
+        path: of the shard.
+        part: which it is of, for messages.
+        vouched: (bytes, sha256) by its manifest, by which a remote shard is fetched.
+
     Raises (on construction):
         MissingShard, CorruptShard
     """
 
-    def __init__(self, path: Path, spec: ArraySpec, part: int) -> None:
+    def __init__(
+        self, path: Root, spec: ArraySpec, part: int, vouched: tuple[int, str] = (0, "")
+    ) -> None:
         self.path, self.spec = path, spec
         self._todo = (
             f"delete manifests/{part:06d}-*.json of this cache and run `scholiast cache-teachers` "
             "again: that part alone is made anew"
         )
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = open_object(path, *vouched)
         except FileNotFoundError:
             raise MissingShard("a shard is missing", where=path, todo=self._todo) from None
         entries = spec.chunks_per_shard

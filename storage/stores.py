@@ -79,7 +79,7 @@ class Store:
         own = manifest.path_of(self.root, part, self.owners.of(part) if self.owners else "")
         if not own.exists():  # made from something else, or by we do not know what
             own = min((self.root / "manifests").glob(f"{part:06d}-*.json"), default=own)
-        return own.relative_to(self.root).as_posix()
+        return f"manifests/{own.name}"
 
     def load(self, part: int) -> Manifest | None:
         """Returns a part's manifest, whatever it was made from (see manifest.read)."""

@@ -18,6 +18,7 @@ from storage import durable
 from storage.errors import CorruptShard, MissingShard
 from storage.layout import Layout, order_names
 from storage.orders import NEAR, IdOrders
+from storage.remote import Root
 from storage.types import AnyArray
 
 
@@ -42,7 +43,7 @@ def save_spares(root: Path) -> None:
             durable.write_bytes(root / spare_name(name), (root / name).read_bytes())
 
 
-def load_orders(root: Path, layout: Layout, spare: bool = False) -> IdOrders:
+def load_orders(root: Root, layout: Layout, spare: bool = False) -> IdOrders:
     """Returns the cache's orders of ids (from their spare copy if `spare`).
 
     Raises:
@@ -64,7 +65,7 @@ def digest(orders: IdOrders) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(path: Path) -> AnyArray:
+def read_table(path: Root) -> AnyArray:
     """Returns the values of an unsharded Zarr array's only chunk, flat.
 
     Raises:
@@ -115,5 +116,5 @@ def _is_whole(path: Path) -> bool:
 _TODO = "run `scholiast repair`, which restores them from their copy in spare/"
 
 
-def _corrupt(path: Path, what: str) -> CorruptShard:
+def _corrupt(path: Root, what: str) -> CorruptShard:
     return CorruptShard(what, where=path, todo=_TODO)

@@ -7,6 +7,7 @@ D hidden size. Row t of a block predicts token t+1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ Int64 = npt.NDArray[np.int64]
 UInt16 = npt.NDArray[np.uint16]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
-AnyArray = npt.NDArray[np.generic]
+AnyArray = npt.NDArray[Any]
 
 LOG_ZERO = -1e4
 """Stands for log 0 in stored values: exp(LOG_ZERO) is exactly 0 in every float, and 0·LOG_ZERO is
@@ -118,7 +119,7 @@ class TailDraws:
 @dataclass(frozen=True)
 class TokenStats:
     """Statistics of the full-vocabulary softmax, taken from it exactly and then stored as the preset
-    says (`balanced`: to 2^−11 nats).
+    says (`balanced`: to 2^−10 nats).
 
     Attributes:
         entropy: float32 [N, T], nats.

@@ -29,12 +29,13 @@ from storage.layout import (
 )
 from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
+from storage.remote import Root
 from storage.shard import Shard
 from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
 
 
-def open_cache(root: Path) -> tuple[dict[str, Any], Layout] | None:
+def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
     """Returns (identity, layout) of the cache at `root`, or None if there is none.
 
     Raises:
@@ -74,7 +75,7 @@ def owners(identity: Mapping[str, Any], layout: Layout) -> manifest.Owners:
     )
 
 
-def require_identity(root: Path, identity: Mapping[str, Any], layout: Layout) -> bool:
+def require_identity(root: Root, identity: Mapping[str, Any], layout: Layout) -> bool:
     """Returns whether a cache stands at `root`; refuses one that was made from something else.
 
     A cache of an earlier generation of the same corpus is no other: it lacks parts.

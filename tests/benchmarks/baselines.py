@@ -27,7 +27,9 @@ class Baseline:
 
 def pack_bits(values: Array, width: int) -> bytes:
     """Packs unsigned integers of `width` bits end to end, least significant bit first."""
-    bits = np.unpackbits(values.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+    bits = np.unpackbits(
+        values.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little"
+    )
     return np.packbits(bits[:, :width].reshape(-1), bitorder="little").tobytes()
 
 

@@ -9,13 +9,13 @@ Bytes a token count every file of the cache: arrays, shard indices, orders and t
 metadata, cache.json, manifests. Baselines count their encoded bytes alone.
 
 kl is the mean over all rows, in nats and float64, of KL(p ‖ q), p the float32 head as the teacher gave it
-with the exact rest as one bucket, q what is decoded with its own bucket (a fused target's: the stored
-tail mass at temperature 1, what the partition leaves at 2); kl_t2 the same at temperature 2. A cache with
-draws is judged by its head and bucket too. Baselines do not store the tempered partition: their q at
+with the exact rest as one bucket, q what is decoded with its own bucket (a fused target's: the
+stored tail mass at temperature 1, what the partition leaves at 2); kl_t2 the same at temperature 2.
+One with draws is judged by its head and bucket too. Baselines do not store the tempered partition: their q at
 temperature 2 takes the exact one.
 
 Speed: one core (the process is bound to it, one thread). write: encoding, compressing, fsync, manifest.
-read: random blocks, four at a time, of three caches of the same layout joined by block id, decoded to ids,
+read: random blocks, four at a time, of three caches of one layout joined by block id, decoded to ids,
 logprobs and statistics; tokens a second and teacher. zarr_python: the same blocks of the same files,
 each array as zarr-python gives it, not decoded. memcpy: copying the decoded values from memory.
 Each rate is the best of ROUNDS turns, methods taking turns, since other work on the machine can only slow
@@ -65,7 +65,8 @@ def write(root: Path, layout: Layout, notes: HostNotes) -> float:
     """Writes a cache; returns seconds, those of learning the orders left out."""
     blocks = np.arange(LEARN // LENGTH) * layout.blocks // (LEARN // LENGTH)
     rows = (blocks[:, None] * LENGTH + np.arange(LENGTH)).reshape(-1)
-    orders = learn_orders(notes.ids[rows], layout.vocab_size)
+    ids = np.concatenate([notes.ids[rows], notes.draw_ids[rows]], 1)
+    orders = learn_orders(ids, layout.vocab_size)
     shutil.rmtree(root, ignore_errors=True)
     writer = CacheWriter(root, {"corpus": "bench"}, layout, lambda: orders)
     writer.orders.ranks, writer.orders.ids  # noqa: B018 (tables of a teacher, not of a part)
@@ -135,7 +136,9 @@ def cache_divergence(notes: HostNotes, reader: CacheReader, temperature: float) 
         read = reader.read(np.array([block]))
         log_z = None
         if temperature != 1.0:
-            log_z = read.stats.log_z[0, :, layout.temperatures.index(temperature)].astype(np.float64)
+            log_z = read.stats.log_z[0, :, layout.temperatures.index(temperature)].astype(
+                np.float64
+            )
         total.append(divergence(
             notes, read.head.ids[0], read.head.logprobs[0],
             read.stats.log_tail_mass[0].astype(np.float64), log_z, block * LENGTH, temperature,
@@ -249,8 +252,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     def cell(value: Any, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    lines = ["| encoding | K | draws | B/token | KL | KL at T = 2 | written | read | zarr-python | memcpy |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| encoding | K | draws | B/token | KL | KL at T = 2 | written | read "
+             "| zarr-python | memcpy |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         rates = [
             cell(row[f"{n}_tokens_per_s"] and row[f"{n}_tokens_per_s"] / 1e6, ".2f")

@@ -16,7 +16,10 @@ from storage.errors import ConfigError
 
 @pytest.fixture(params=["balanced", "compact"])
 def cached(lab: Lab, request: pytest.FixtureRequest) -> Lab:
-    lab.config["store"] |= {"preset": request.param, "draws": 6 if request.param == "compact" else 0}
+    lab.config["store"] |= {
+        "preset": request.param,
+        "draws": 6 if request.param == "compact" else 0,
+    }
     lab.workspace().cache_teachers()
     return lab
 

@@ -238,7 +238,7 @@ def test_top_p_keeps_the_fewest_entries_that_reach_it(top_p: float) -> None:
         assert notes.logprobs[row, n:].tolist() == [LOG_ZERO] * (k - n)
         assert float(notes.log_tail_mass[row]) == pytest.approx(np.log(p[n:].sum()), abs=1e-5)
         assert not set(notes.draw_ids[row].tolist()) & set(notes.ids[row].tolist())
-    assert {1e-9: sizes == {1}, 0.999: sizes == {k}}.get(top_p, len(sizes) > 5)
+    assert {1e-9: sizes == {1}, 0.999: sizes == {k}}.get(top_p, len(sizes) > 3)
     torch.testing.assert_close(notes.entropy, whole.entropy, rtol=1e-5, atol=1e-6)
     assert torch.equal(notes.log_z, whole.log_z)
 

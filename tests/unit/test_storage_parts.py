@@ -60,17 +60,19 @@ class TestCubeRoot:
         assert np.array_equal(codec.encode(codec.levels), index)
 
 
-@given(arrays(np.float32, 20, elements=st.floats(0.0, 8000.0, width=32)))
-def test_fixed_point_error(values: Float32) -> None:
-    codec = FixedPoint()
-    error = np.abs(codec.decode(codec.encode(values)) - values)
-    assert np.all(error <= np.where(values < 31.99, 2.0**-11, 0.125) * 1.001)
+@pytest.mark.parametrize("bits", [7, 9, 12])
+class TestFixedPoint:
+    @given(values=arrays(np.float32, 20, elements=st.floats(0.0, 8000.0, width=32)))
+    def test_error_is_within_the_stated_bound(self, bits: int, values: Float32) -> None:
+        codec = FixedPoint(bits)
+        error = np.abs(codec.decode(codec.encode(values)) - values)
+        fine = values < codec.fine - 0.2
+        assert np.all(error <= np.where(fine, 2.0 ** -(bits + 1), 0.125) * 1.001)
 
-
-def test_fixed_point_keeps_zero_and_log_zero() -> None:
-    codec = FixedPoint()
-    values = np.array([0.0, -LOG_ZERO], np.float32)
-    assert np.array_equal(codec.decode(codec.encode(values)), values)
+    def test_keeps_zero_and_log_zero(self, bits: int) -> None:
+        codec = FixedPoint(bits)
+        values = np.array([0.0, -LOG_ZERO], np.float32)
+        assert np.array_equal(codec.decode(codec.encode(values)), values)
 
 
 @given(LOGPROBS)

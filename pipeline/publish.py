@@ -1,0 +1,37 @@
+"""`scholiast push`: the finished corpus and caches, copied to a remote store."""
+
+from __future__ import annotations
+
+from pipeline.workspace import Workspace
+from storage.errors import ConfigError
+from storage.push import push
+from storage.remote import RemotePath, require_local, root_of
+from storage.writer import owners
+
+
+def publish(work: Workspace, url: str) -> dict[str, int]:
+    """Copies the corpus to URL/corpus and each teacher's cache to URL/cache/NAME.
+
+    Returns:
+        name → bytes sent, 0 where all was there.
+
+    Raises:
+        IncompleteCache: something is not finished.
+        ConfigError: no URL, or the run's own folders are remote.
+        RemoteError, MissingShard, CorruptShard: of the store, or of a local file.
+    """
+    target = root_of(url, work.config.local_cache)
+    if not isinstance(target, RemotePath):
+        raise ConfigError(
+            "a place to push to is a URL", where="URL", expected="s3://bucket/prefix", found=url,
+            todo="give the URL of a store; a local folder can simply be copied",
+        )  # fmt: skip
+    info, jobs = work.finished_jobs()
+    sources = {"corpus": (require_local(work.config.corpus_folder, "corpus_dir"), info.owners)}
+    sources |= {f"cache/{j.name}": (j.local_root, owners(j.identity, j.layout)) for j in jobs}
+    sent = {}
+    for name, (root, owner) in sources.items():
+        work.progress.start(f"push {name}", 0, "byte")
+        sent[name] = push(root, owner, target / name, work.progress.advance)
+        work.progress.finish()
+    return sent

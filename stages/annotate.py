@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.head import cache_sized
+from stages.row_threads import over_rows
 from stages.tail_draws import draw
 from stages.teacher import HiddenStates, TeacherBackend
 from stages.top_k import top_k
@@ -29,8 +29,8 @@ from storage.sampling import uniforms
 from storage.types import LOG_ZERO, AnyArray, HostNotes, Int64, TokenBlocks
 
 SLICE_ROWS = 8
-"""Rows annotated together on a CPU. Two buffers of 4 rows of 49,152 float32 a core stay in a cache of
-2 MB; fewer rows cost more in calls than they save."""
+"""Rows that a CPU's thread passes over together: their logits and a buffer of that size, 3 MB at
+V = 49,152, stay in its cache for the most part; with fewer rows the calls cost what the cache saves."""
 
 GONE = -1e30
 """Stands in a row of logits where the head was: its exponential is 0 at every temperature, and its
@@ -104,6 +104,7 @@ class _Sums:
 Rows = TypeVar("Rows", _Sums, RowNotes)
 
 
+@torch.inference_mode()
 def annotate_logits(
     logits_CV: Tensor, gold_C: Tensor, rule: NoteRule, uniform_C: Tensor
 ) -> RowNotes:
@@ -126,14 +127,19 @@ def annotate_logits(
         Notes; non-finite where the logits are. Each row's depend on it alone (its sums up to
         rounding).
     """
-    starts = cache_sized(len(logits_CV), logits_CV.device, SLICE_ROWS)
-    e = torch.empty_like(logits_CV[: starts.step], memory_format=torch.contiguous_format)
-    pieces = []
-    for start in starts:
-        rows = slice(start, start + starts.step)
-        logits = logits_CV[rows]
-        pieces.append(_sums(logits, gold_C[rows], rule, uniform_C[rows], e[: len(logits)]))
-    return _finish(_join(_Sums, pieces), rule)
+    on_cpu = logits_CV.device.type == "cpu"
+
+    def work(span: slice) -> _Sums:
+        step = SLICE_ROWS if on_cpu else span.stop
+        e = logits_CV.new_empty(min(step, span.stop - span.start), logits_CV.shape[1])
+        pieces = []
+        for start in range(span.start, span.stop, step):
+            rows = slice(start, min(start + step, span.stop))
+            buffer = e[: rows.stop - start]
+            pieces.append(_sums(logits_CV[rows], gold_C[rows], rule, uniform_C[rows], buffer))
+        return _join(_Sums, pieces)
+
+    return _finish(_join(_Sums, over_rows(work, len(logits_CV), logits_CV.device)), rule)
 
 
 def _sums(logits: Tensor, gold: Tensor, rule: NoteRule, uniform: Tensor, e: Tensor) -> _Sums:

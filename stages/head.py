@@ -88,16 +88,16 @@ class HeadRule:
         return gradient
 
 
-CACHE_ROWS = 16
-
-
-def cache_sized(rows: int, device: torch.device, at_most: int = CACHE_ROWS) -> range:
+def cache_sized(rows: int, device: torch.device) -> range:
     """Returns the starts of slices of a chunk of logits on which element-wise work is quickest.
 
     A CPU's cache holds some 16 rows, and passes over those cost a fifth of passes over memory; a GPU
     takes the whole chunk.
     """
-    return range(0, rows, at_most if device.type == "cpu" else max(rows, 1))
+    return range(0, rows, CACHE_ROWS if device.type == "cpu" else max(rows, 1))
+
+
+CACHE_ROWS = 16
 
 
 @dataclass(frozen=True)

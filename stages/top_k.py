@@ -5,8 +5,8 @@ k groups of largest maximum hold the k largest entries (up to ties). So two smal
 among W/depth maxima and among k·depth candidates, and NumPy's SIMD partition does both. depth ≈
 √(W/2k) makes them about equally dear; a candidate costs a cache line as well.
 
-Measured (stages/README.md): W = 49,152, k = 64 in a third of torch.topk's time. Short rows, where
-the groups would be few, and GPUs take torch.topk itself.
+W = 49,152, k = 64 takes about a third of torch.topk's 100 to 120 µs. Short rows, where the groups
+would be few, and GPUs take torch.topk itself.
 """
 
 from __future__ import annotations

@@ -106,9 +106,10 @@ def test_a_rows_choices_depend_on_the_row_alone(top_p: float) -> None:
     together = run(100)
     threads = torch.get_num_threads()
     try:
-        for chunk, count in ((1, 1), (5, 2), (100, 2)):
+        for chunk, count in ((1, 1), (5, 2), (100, 2), (100, 3)):
             torch.set_num_threads(count)
             other = run(chunk)
+            assert torch.get_num_threads() == count
             assert torch.equal(other.ids, together.ids)
             assert torch.equal(other.draw_ids, together.draw_ids)
             torch.testing.assert_close(other.draw_logprobs, together.draw_logprobs)

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SCHOLIAST := $(BIN)/scholiast
 
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student test test-s3 lint clean
+.PHONY: help cache-teachers train-student test test-s3 bench-cache lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ test: lint  ## lint, then every test
 
 test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback
 	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py
+
+bench-cache: $(BIN)/.installed-test  ## size, rounding and speed of the cache; stage one's overhead; 10^6 parts
+	cd tests/benchmarks && ../../$(BIN)/python cache.py ../../runs/bench
+	cd tests/benchmarks && ../../$(BIN)/python annotation.py ../../runs/bench/assets/models/generalist
+	cd tests/benchmarks && ../../$(BIN)/python scale.py
+	cd tests/benchmarks && ../../$(BIN)/python order.py
 
 clean:  ## remove the virtual environment (runs/ is yours and stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

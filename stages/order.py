@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from storage.errors import CheckpointError
 from storage.fingerprint import fingerprint
+from storage.sampling import INCREMENT, mix
 from storage.types import Int64
 
 WINDOW_PARTS = 64
@@ -192,13 +193,11 @@ def _by_part(first: Int64, counts: Int64, blocks_per_part: int) -> tuple[Int64, 
 def permutation(count: int, name: list[Any]) -> Int64:
     """Returns the permutation of `count` things that a name (JSON) stands for (see above)."""
     seed = np.uint64(int(fingerprint(name)[:16], 16))
-    return np.argsort(splitmix64(seed, count))  # keys are distinct: any sort gives the same
+    # Keys are distinct: any sort gives the same.
+    return np.argsort(splitmix64(seed, count))
 
 
 def splitmix64(seed: np.uint64, count: int) -> npt.NDArray[np.uint64]:
     """Returns the first outputs of splitmix64 (Steele, Lea, Flood 2014) from a state, uint64."""
     with np.errstate(over="ignore"):
-        z = seed + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        return mix(seed + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(INCREMENT))

@@ -9,9 +9,9 @@ Bytes a token count every file of the cache: arrays, shard indices, orders and t
 metadata, cache.json, manifests. Baselines count their encoded bytes alone.
 
 kl is the mean over all rows, in nats and float64, of KL(p ‖ q), p the float32 head as the teacher gave it
-with the exact rest as one bucket, q what is decoded with its own bucket (a fused target's: the
-stored tail mass at temperature 1, what the partition leaves at 2); kl_t2 the same at temperature 2.
-One with draws is judged by its head and bucket too. Baselines do not store the tempered partition: their q at
+with the exact rest as one bucket, q what is decoded, with its own bucket (a fused target's: the stored
+tail mass at temperature 1, what the partition leaves at 2); kl_t2 the same at temperature 2. A cache with
+draws is judged by its head and bucket too. Baselines do not store the tempered partition: their q at
 temperature 2 takes the exact one.
 
 Speed: one core (the process is bound to it, one thread). write: encoding, compressing, fsync, manifest.

@@ -90,7 +90,7 @@ def test_so_it_is_with_what_may_be_absent_and_in_a_grown_cache(
             Reader(tmp_path).read(4)
 
 
-def test_table_of_levels_is_the_formula_of_the_text(tmp_path: Path) -> None:
+def test_levels_and_statistics_are_the_formulas_of_the_text(tmp_path: Path) -> None:
     for preset, scale in (("balanced", 420), ("compact", 160)):
         layout = replace(LAYOUT, preset=preset)
         CacheWriter(tmp_path / preset, IDENTITY, layout, lambda: some_orders(LAYOUT))
@@ -99,8 +99,11 @@ def test_table_of_levels_is_the_formula_of_the_text(tmp_path: Path) -> None:
             i > 277, 3 * np.log(np.maximum(i - 266, 1) / scale), joint + (i - 278) / 4
         )
         levels[0] = LOG_ZERO
-        found = Reader(tmp_path / preset).arrays["logprob_levels"][:]
+        reader, codec = Reader(tmp_path / preset), layout.codecs.statistics
+        found = reader.arrays["logprob_levels"][:]
         np.testing.assert_allclose(found, levels, rtol=1e-6, atol=1e-7)
+        codes = np.arange(65_536, dtype=np.uint16)  # far beyond what the other tests write
+        assert np.array_equal(reader.statistic(codes), codec.decode(codes))
 
 
 def test_spare_copies_are_the_bytes_of_the_orders(tmp_path: Path) -> None:

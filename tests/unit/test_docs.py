@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+
+import numpy as np
+import zarr
 
 from pipeline.cli import main
 from pipeline.reference import rows, table
-from storage.layout import Layout
+from storage.codec import PRESETS
+from storage.layout import GROUP, Layout, create_group
+from storage.orders import learn_orders
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -25,11 +31,16 @@ def test_every_command_is_described_with_an_example() -> None:
         assert f"Example: scholiast {name} " in (command.help or "")
 
 
-def test_every_stored_array_is_in_the_format() -> None:
+def test_every_stored_array_and_layout_field_is_in_the_format(tmp_path: Path) -> None:
     text = (TOP / "storage/README.md").read_text()
-    layout = Layout(1, 1, 8, 100, 4, "exact", (2.0,), (3,), 1, 4)
-    for name in layout.arrays():
-        assert f"`{name.replace('_3', '_<l>')}`" in text
+    for preset in PRESETS:
+        layout = Layout(1, 1, 8, 100, preset, 4, (2.0,), (3,), 1, 4, draws=2, top_p=0.9)
+        path = tmp_path / preset / GROUP
+        create_group(path, layout, learn_orders(np.zeros((0, 4), np.int64), 100))
+        for name in zarr.open_group(path, mode="r").array_keys():
+            assert f"| `{name.replace('_3', '_<l>')}` |" in text
+        for field in fields(layout):
+            assert f"`{field.name}`" in text
 
 
 def test_every_file_of_a_room_is_in_its_readme() -> None:

@@ -1,4 +1,4 @@
-"""A reader of caches written from storage/README.md alone: nothing of this project is imported."""
+"""A reader of caches that follows storage/README.md; nothing of this project is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format's specification: a reader written from it alone gives what ours gives."""
+"""The format's specification: a reader that follows it, apart from our code, gives what ours gives."""
 
 from __future__ import annotations
 

@@ -347,6 +347,12 @@ class PartAnnotator:
     ) -> None:
         for layer in self.layout.feature_layers:
             means, counts = pool(states.layers[layer], present, self.layout.segments)
+            if not bool(torch.isfinite(means).all()):
+                raise NonFiniteLogits(
+                    f"teacher {self.name!r} gave NaN or infinite hidden states",
+                    where=f"layer {layer}",
+                    todo=f"set teachers.{self.name}.dtype: float32, or check the checkpoint",
+                )
             out[f"feature_{layer}"][:] = to_bfloat16(means.cpu().numpy())
             out["feature_count"][:] = counts.cpu().numpy()
 

@@ -116,6 +116,7 @@ class BatchReader:
                     expected=corpus.info.fingerprint[:16], found=cache.identity["corpus"][:16],
                     todo="run `scholiast cache-teachers` with another cache_dir",
                 )  # fmt: skip
+        _require_alike(caches)
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
         self._on_device = on_device
@@ -192,6 +193,20 @@ class BatchReader:
             for name, row in zip(rows, target.weights, strict=True)
         }
         return replace(batch, target=target, features=features, segment_weights=weights)
+
+
+def _require_alike(caches: Mapping[str, CacheReader]) -> None:
+    """Refuses caches whose notes cannot be put side by side."""
+    kinds = {
+        name: (c.layout.temperatures, c.layout.segments if c.layers else 1, c.layout.vocab_size)
+        for name, c in caches.items()
+    }
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(
+            "the teachers' caches differ in temperatures, segments or vocabulary", where="store",
+            found="; ".join(f"{name}: {kind}" for name, kind in kinds.items()),
+            todo="cache all teachers with one configuration",
+        )  # fmt: skip
 
 
 def segment_means(values_R: Tensor, scored_BT: Tensor, segments: int) -> Tensor:

@@ -80,9 +80,10 @@ def temper(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Brings a head at temperature 1 to temperature τ.
 
-    p_τ = exp(ℓ/τ − log_z(τ)) on the head. At τ = 1 the exact tail mass is known and the head is
-    scaled to what remains, which undoes the rounding of its logprobs on average; at τ ≠ 1 the tail is
-    what the exact partition leaves, 1 − Σ p_τ, never below 0, and 0 where it is 0 at τ = 1.
+    p_τ = exp(ℓ/τ − log_z(τ)) on the head. At τ = 1 the tail's own mass is stored and the head is
+    scaled to what remains, which undoes the rounding of its logprobs on average; a tail beyond a
+    half, and every tail at τ ≠ 1 (but one that is 0 at τ = 1), is what the head leaves, 1 − Σ p_τ,
+    never below 0.
 
     Args:
         logprobs: [..., K].
@@ -95,12 +96,15 @@ def temper(
     logp = logprobs if log_z is None else logprobs / temperature - log_z[..., None]
     p = logp.exp()
     mass = p.sum(-1)
+    left = (1.0 - mass).clamp_min(0.0)
     if log_z is None:
-        tail = log_tail.exp()
+        # Of a tail beyond a half the head says more: 1 − t would be a small difference of rounded t.
+        tail = torch.where(log_tail > -math.log(2.0), left, log_tail.exp())
     else:
-        tail = (1.0 - mass).clamp_min(0.0).masked_fill(log_tail <= LOG_ZERO / 2, 0.0)
+        tail = left.masked_fill(log_tail <= LOG_ZERO / 2, 0.0)
     scale = (1.0 - tail) / mass
-    return logp + scale.log()[..., None], p * scale[..., None], tail
+    logp = (logp + scale.log()[..., None]).clamp_min(LOG_ZERO)
+    return logp, p * scale[..., None], tail
 
 
 def spread_tail(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.codec import PRESETS
 
@@ -116,6 +116,13 @@ class StoreOptions(Options):
     chunk_tokens: Count = Field(
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
+
+    @field_validator("temperatures")
+    @classmethod
+    def _grid(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
+        if len({*grid, 1.0}) != len(grid) + 1 or not all(0.05 <= t <= 100 for t in grid):
+            raise ValueError("temperatures must be distinct, not 1, and between 0.05 and 100")
+        return grid
 
     @property
     def entries(self) -> int:

@@ -112,9 +112,10 @@ def _job(
         blocks=info.blocks, blocks_per_part=info.blocks_per_part, block_length=info.block_length,
         vocab_size=info.vocab_size, preset=store.preset,
         k=min(store.entries, info.vocab_size) if store.k is None else store.k,
-        draws=store.drawn, top_p=store.top_p, seed=store.seed,
+        draws=store.drawn, top_p=store.top_p, seed=store.seed if store.drawn else 0,
         temperatures=store.temperatures, feature_layers=options.feature_layers,
-        segments=store.segments, hidden_size=hidden_size(config) if options.feature_layers else 0,
+        segments=store.segments if options.feature_layers else 1,
+        hidden_size=hidden_size(config) if options.feature_layers else 0,
         generations=_generations(info),
     )  # fmt: skip
     identity = {
@@ -159,6 +160,11 @@ def _require_fit(
         raise ConfigError(
             "more head entries than the vocabulary has ids", where="store.k",
             expected=f"at most {info.vocab_size}", found=store.k, todo="lower store.k",
+        )  # fmt: skip
+    if info.vocab_size > 1 << 24:
+        raise ConfigError(
+            "the vocabulary is too large", where="corpus.tokenizer", expected=f"at most {1 << 24:,} ids",
+            found=f"{info.vocab_size:,}", todo="use another tokenizer",
         )  # fmt: skip
     if store.segments > info.block_length:
         raise ConfigError(

@@ -225,7 +225,7 @@ def load_info(root: Root) -> CorpusInfo | None:
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise CorruptShard(

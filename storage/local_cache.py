@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ class LocalCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
+        self._seen: set[str] = set()  # objects that this process has hashed
         self._used, self._unseen = 0, limit  # bytes at the last look; bytes added since
 
     def opened(self, digest: str, size: int, fetch: Callable[[Path], None], where: object) -> int:
@@ -53,12 +55,23 @@ class LocalCache:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(path, os.O_RDONLY)
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                if os.fstat(fd).st_size == size:
-                    os.utime(fd)  # what "recently" is measured by
+                if os.fstat(fd).st_size == size and self._sound(fd, digest):
+                    with contextlib.suppress(PermissionError):  # another user's file
+                        os.utime(fd)  # what "recently" is measured by
                     return fd
                 os.close(fd)
                 path.unlink(missing_ok=True)
             self._make(path, digest, size, fetch, where)
+
+    def _sound(self, fd: int, digest: str) -> bool:
+        """Returns whether a file's bytes are the object's: hashed when first opened by a process, for
+        a power cut or a failing disk may have changed them since they were fetched."""
+        if digest not in self._seen:
+            with open(fd, "rb", closefd=False) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+            self._seen.add(digest)
+        return True
 
     def _make(
         self, path: Path, digest: str, size: int, fetch: Callable[[Path], None], where: object

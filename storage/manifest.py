@@ -247,7 +247,7 @@ def parse(path: Root, data: bytes) -> Manifest:
         body = json.loads(data)
         checksum = body.pop("sha256")
         whole = checksum == fingerprint(body)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise CorruptShard(

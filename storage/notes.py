@@ -1,9 +1,10 @@
 """Notes ↔ the cache's integer arrays: ids as gaps between ranks, logprobs as levels above a floor.
 
 Encoding sorts each row's entries by the rank of their id in the row's class (orders.py) and keeps the
-gaps: the first entry its rank, each further one what its rank exceeds the one before by (0 where a draw
-repeats, or an entry that a top-p cut left unused). A level is kept relative to the row's least. Rows without notes
-are zeros. Arrays are [N, K, T], so that both directions are a few operations on vectors of T tokens.
+gaps: the first entry its rank, each further one what its rank exceeds the one before by (0 where a
+draw repeats, or an entry that a top-p cut left unused). A level is kept relative to the row's least.
+Rows without notes are zeros. Arrays are [N, K, T], so that both directions are a few operations on
+vectors of T tokens.
 
 Shapes: N blocks, T tokens, K entries, S draws, Z temperatures, R rows with notes.
 """

@@ -39,6 +39,11 @@ def push(
         RemoteError, ConfigError: of the store.
     """
     there, sent = set((target / "manifests").names()), 0
+    listed = manifest.parse_names(there)
+    manifest.require_prefixes(
+        target, listed, owners.prefixes(listed.parts),
+        "push to another place, or empty this one first: it holds something else",
+    )  # fmt: skip
     with ThreadPoolExecutor(_THREADS) as pool:
         for part in manifest.done_parts(root, owners).tolist():
             sent += _push_part(root, owners.of(part), part, target, there, tell, pool)

@@ -24,6 +24,7 @@ from storage.remote import RemotePath, Root
 from storage.shard import Shard
 from storage.tables import digest, load_orders
 from storage.types import (
+    LOG_ZERO,
     AnyArray,
     Int64,
     PooledFeatures,
@@ -208,6 +209,11 @@ def smaller_head(notes: TeacherNotes, k: int) -> TeacherNotes:
     order = np.argpartition(-logprobs, k - 1, axis=-1)
     kept = np.take_along_axis(logprobs, order[..., :k], -1)
     dropped = np.exp(np.take_along_axis(logprobs, order[..., k:], -1)).sum(-1)
-    tail = np.log(np.maximum(np.exp(notes.stats.log_tail_mass) + dropped, np.float32(1e-38)))
+    mass = np.exp(notes.stats.log_tail_mass) + dropped
+    tail = np.where(mass > 0, np.log(np.maximum(mass, np.float32(1e-38))), np.float32(LOG_ZERO))
     head = SparseLogits(np.take_along_axis(ids, order[..., :k], -1), kept)
-    return replace(notes, head=head, stats=replace(notes.stats, log_tail_mass=np.minimum(tail, 0)))
+    return replace(
+        notes,
+        head=head,
+        stats=replace(notes.stats, log_tail_mass=np.minimum(tail, 0).astype(np.float32)),
+    )

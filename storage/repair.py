@@ -9,6 +9,7 @@ No stage one may be writing to the same folder.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def _generations(info: CorpusInfo) -> list[tuple[int, str]]:
 
 
 def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():  # where a file should be
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     durable.fsync_folder(path.parent)
 

@@ -174,7 +174,10 @@ def _orders(root: Path, layout: Layout, problems: list[Problem]) -> IdOrders | N
     if not found:
         lost = [p for p in problems if p.mend == "restore"]
         problems[:] = [p for p in problems if p.mend != "restore"]
-        problems += [replace(p, mend="none") for p in lost]
+        lose = (
+            "; its other copy is lost too: delete this cache's folder and cache the teacher again"
+        )
+        problems += [replace(p, mend="none", what=p.what + lose) for p in lost]
         return None
     if len(found) == 2 and digest(found[0]) != digest(found[1]):
         problems.append(

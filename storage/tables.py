@@ -76,9 +76,12 @@ def read_table(path: Root) -> AnyArray:
     except FileNotFoundError:
         raise MissingShard("the orders of ids are missing", where=path, todo=_TODO) from None
     body, stored = data[:-4], int.from_bytes(data[-4:], "little")
-    if google_crc32c.value(body) != stored:
+    if not body or google_crc32c.value(body) != stored:
         raise _corrupt(path, "the orders of ids fail their crc32c")
-    values: AnyArray = standalone.simple_decompress(body)
+    try:
+        values: AnyArray = standalone.simple_decompress(body)
+    except RuntimeError as error:
+        raise _corrupt(path, f"the orders of ids cannot be decoded: {error}") from error
     return values
 
 

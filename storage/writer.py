@@ -1,8 +1,8 @@
 """A part of blocks → its shards → its manifest.
 
-Each array of a part is written by one assignment of a whole shard: chunk-by-chunk writes would
-read, modify and write, and two writers in one shard would lose chunks. Two writers of the same
-part write the same bytes, and each file is renamed into place, so a race is wasteful and harmless.
+Each array of a part is written by one assignment of a whole shard, in a folder of the writer's own, and
+hashed there; then all are moved to their places under one lock and vouched for. Two writers of one part
+are wasteful and harmless: the files are those of one of them, whatever device each had.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from storage.fingerprint import canonical_json, describe_differences, fingerprin
 from storage.layout import (
     FORMAT,
     GROUP,
-    ArraySpec,
     Layout,
     create_group,
     quiet_zarr,
@@ -30,7 +29,6 @@ from storage.layout import (
 from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
 from storage.remote import Root
-from storage.shard import Shard
 from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
 
@@ -48,7 +46,7 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise CorruptShard(
@@ -121,8 +119,6 @@ class CacheWriter:
         layout: Layout,
         learn: Callable[[], IdOrders],
     ) -> None:
-        import zarr
-
         self.root, self.layout = root, layout
         self._owners = owners(identity, layout)
         require_identity(root, identity, layout)
@@ -135,11 +131,6 @@ class CacheWriter:
                 _grow_group(root, layout, self.orders)
         require_metadata(root, layout, self.orders)  # or zarr would write as the altered ones say
         self._carry = {"orders": digest(self.orders)}
-        # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
-        # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
-        with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
-            group: Any = zarr.open_group(root / GROUP, mode="r+")
-            self._arrays = {name: group[name] for name in layout.arrays()}
         save_info(root, identity, layout)
 
     def write_part(self, part: int, arrays: Mapping[str, AnyArray]) -> manifest.Manifest:
@@ -156,24 +147,54 @@ class CacheWriter:
         specs = self.layout.arrays()
         if set(arrays) != set(specs):
             raise ValueError(f"arrays {sorted(arrays)} given, {sorted(specs)} stored")
-        names = []
-        with durable.disk_errors(self.root), quiet_zarr():
-            for name, spec in specs.items():
-                data = arrays[name]
-                if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
-                    raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
-                names.append(shard_name(name, part, len(spec.shape)))
-                _drop_damaged(self.root / names[-1], spec, part)
-                self._arrays[name][first:last] = data
-            for path in names:
-                durable.fsync_file(self.root / path)
-                _fsync_folders(self.root, self.root / path)
-            done = manifest.Manifest(
-                self._owners.of(part), part, first, last - first,
-                manifest.describe(self.root, names), self._carry,
-            )  # fmt: skip
-            manifest.save(self.root, done)
+        for name, spec in specs.items():
+            data = arrays[name]
+            if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
+                raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
+        names = [shard_name(name, part, len(spec.shape)) for name, spec in specs.items()]
+        # Written and hashed where no other writer comes: two of them need not have the same bits (other
+        # devices, other batch sizes), and a manifest must never vouch for a mixture.
+        private = self.root / f".{part:06d}.{uuid.uuid4().hex}.tmp"
+        try:
+            with durable.disk_errors(self.root):
+                self._write_shards(private, first, last, arrays)
+                for path in names:
+                    durable.fsync_file(private / path)
+                done = manifest.Manifest(
+                    self._owners.of(part), part, first, last - first,
+                    manifest.describe(private, names), self._carry,
+                )  # fmt: skip
+                self._commit(private, names, done)
+        finally:
+            shutil.rmtree(private, ignore_errors=True)
         return done
+
+    def _write_shards(
+        self, private: Path, first: int, last: int, arrays: Mapping[str, AnyArray]
+    ) -> None:
+        """Writes the shards of blocks [first, last) under a folder of their own."""
+        import zarr
+
+        for name in (".", *arrays):
+            folder = private / GROUP / name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.root / GROUP / name / "zarr.json", folder / "zarr.json")
+        # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
+        # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
+        with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+            group: Any = zarr.open_group(private / GROUP, mode="r+")
+            for name, data in arrays.items():
+                group[name][first:last] = data
+
+    def _commit(self, private: Path, names: list[str], done: manifest.Manifest) -> None:
+        """Moves a part's shards to their places and writes its manifest, one writer at a time."""
+        with durable.alone(self.root):
+            for path in names:
+                (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+                (private / path).replace(self.root / path)
+            for path in names:
+                _fsync_folders(self.root, self.root / path)
+            manifest.save(self.root, done)
 
 
 def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
@@ -222,15 +243,6 @@ def _grow_group(root: Path, layout: Layout, orders: IdOrders) -> None:
             durable.write_bytes(root / GROUP / name / "zarr.json", data)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _drop_damaged(path: Path, spec: ArraySpec, part: int) -> None:
-    """Removes what zarr would trip over: it reads an old shard's index before replacing the file."""
-    if path.exists():
-        try:
-            Shard(path, spec, part)
-        except CorruptShard:
-            path.unlink(missing_ok=True)
 
 
 def _fsync_folders(root: Path, path: Path) -> None:

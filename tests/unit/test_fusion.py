@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.annotate import NoteRule, annotate_logits
 from stages.fusion import fuse, temper, temperature_column
 from stages.options import FusionOptions
+from stages.row_notes import NoteRule, annotate_logits
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
 from storage.types import Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import Lab, make_model
 
-from stages.annotate import NoteRule, PartAnnotator, annotate_logits
+from stages.annotate import PartAnnotator
 from stages.head import HeadRule, run_decoder
 from stages.options import TeacherOptions
+from stages.row_notes import NoteRule, annotate_logits
 from stages.teacher import TeacherBackend, TransformersTeacher, require_fit
 from storage.codec import from_bfloat16
 from storage.errors import NonFiniteLogits, TeacherError, VocabularyMismatch

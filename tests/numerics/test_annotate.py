@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from stages.annotate import NoteRule, RowNotes, annotate_logits, annotate_rows
+from stages.annotate import annotate_rows
+from stages.row_notes import NoteRule, RowNotes, annotate_logits
 from stages.tail_draws import DEPTH, draw
 from stages.top_k import top_k
 from storage.layout import Layout

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.annotate import NoteRule, RowNotes, annotate_logits
 from stages.chunked_head import chunked_loss
 from stages.fusion import FusedTarget, spread_tail, temper
 from stages.head import Head, HeadRule
+from stages.row_notes import NoteRule, RowNotes, annotate_logits
 from storage.sampling import uniforms
 
 V, K, S, RUNS, D = 211, 6, 5, 3000, 7

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.annotate import NoteRule, annotate_logits
 from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
 from stages.options import FusionOptions
+from stages.row_notes import NoteRule, annotate_logits
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats

@@ -58,7 +58,7 @@ def methods(teacher: TransformersTeacher, tokens: torch.Tensor) -> dict[str, Cal
 
     def noted(k: int, draws: int) -> Callable[[], object]:
         layout = Layout(
-            BLOCKS, BLOCKS, LENGTH, teacher.head_rows, k, "balanced", TEMPERATURES, (), 1, 0,
+            BLOCKS, BLOCKS, LENGTH, teacher.head_rows, "balanced", k, TEMPERATURES, (), 1, 0,
             draws=draws,
         )  # fmt: skip
         return lambda: annotate_rows(hidden(), gold, uniform, teacher.logits, layout, CHUNK)

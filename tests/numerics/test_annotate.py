@@ -92,7 +92,7 @@ def test_small_tail_does_not_cancel() -> None:
 
 def layout(k: int, draws: int, top_p: float) -> Layout:
     return Layout(
-        1, 1, V, V, k, "exact", (2.0,), (), 1, 0, draws=draws, top_p=top_p, seed=0
+        1, 1, V, V, "exact", k, (2.0,), (), 1, 0, draws=draws, top_p=top_p, seed=0
     )  # fmt: skip
 
 

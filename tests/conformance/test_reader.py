@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from storage.orders import IdOrders, learn_orders
 from storage.reader import CacheReader
 from storage.tables import restore
 from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
+from storage.verify import verify
 from storage.writer import CacheWriter
 
 LAYOUT = Layout(
@@ -209,6 +211,41 @@ def test_damaged_orders_are_refused_and_restored_from_their_spare(root: Path) ->
             CacheReader(root)
         assert restore(root, LAYOUT) == [root / name] and restore(root, LAYOUT) == []
     assert np.array_equal(CacheReader(root).read(np.arange(7)).head.ids, before.head.ids)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\0\0\0", b"x"])
+def test_emptied_orders_are_refused(root: Path, data: bytes) -> None:
+    (root / order_names()[0]).write_bytes(data)
+    with pytest.raises(CorruptShard, match="orders"):
+        CacheReader(root)
+    assert restore(root, LAYOUT) == [root / order_names()[0]]
+
+
+def test_two_writers_of_other_bits_never_mix(root: Path) -> None:
+    """The part is one of the two, whole, whatever the order in which they write and commit."""
+    one, two = (CacheWriter(root, IDENTITY, LAYOUT, some_orders) for _ in range(2))
+    parts = [random_part(LAYOUT, number, one.orders) for number in (0, 1)]
+    barrier = threading.Barrier(2)
+
+    def write(writer: CacheWriter, arrays: dict[str, AnyArray]) -> None:
+        barrier.wait()
+        writer.write_part(0, arrays)
+
+    for _ in range(3):
+        threads = [
+            threading.Thread(target=write, args=pair)
+            for pair in zip((one, two), parts, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = CacheReader(root).packed(np.arange(3))
+        assert any(
+            all(np.array_equal(found[name], a) for name, a in arrays.items()) for arrays in parts
+        )
+        report = verify(root)
+        assert report.sound and not report.leftovers
 
 
 def test_part_is_not_read_with_other_orders(root: Path, tmp_path: Path) -> None:

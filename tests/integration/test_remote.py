@@ -28,6 +28,7 @@ from storage.errors import (
     MissingShard,
     RemoteError,
     ScholiastError,
+    StaleCache,
 )
 from storage.fingerprint import fingerprint
 from storage.local_cache import LocalCache
@@ -212,6 +213,15 @@ def test_pushing_again_sends_no_part_and_a_broken_copy_is_finished(
     assert resent["cache/one"] > again["cache/one"] + len(data)
     assert resent["cache/two"] == again["cache/two"] < 100_000
     assert s3.cat_file(key) == data
+
+
+def test_pushing_over_something_else_is_refused(pushed: Lab, s3: Any) -> None:
+    before = sorted(s3.find("tests/lab/cache"))
+    other = pushed.workspace(store__k=4, run_dir=str(pushed.root / "other"))
+    other.cache_teachers()
+    with pytest.raises(StaleCache, match="push to another place"):
+        publish(other, URL)
+    assert sorted(s3.find("tests/lab/cache")) == before
 
 
 def test_listing_is_that_of_the_local_folder(pushed: Lab, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_demo_is_valid_and_frozen() -> None:
         ("corpus.sources.9.path=x", "override does not fit"),
         ("train.lr", "not key=value"),
         ("store.preset=best", r"store\.preset"),
+        ("store.temperatures=[1.0, 2.0]", "distinct, not 1"),
+        ("store.temperatures=[2.0, 2.0]", "distinct, not 1"),
+        ("store.temperatures=[1e30]", "between 0.05 and 100"),
     ],
 )
 def test_mistakes_are_named(override: str, match: str) -> None:

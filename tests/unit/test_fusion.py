@@ -88,6 +88,16 @@ def test_complete_head_has_no_tail() -> None:
         torch.testing.assert_close(target.p.sum(-1), torch.ones(1, 9))
 
 
+@pytest.mark.parametrize("mass", [1e-5, 1e-3, 0.01])
+def test_flat_row_keeps_its_head(mass: float) -> None:
+    """A tail of almost 1 is stored as log 1 = 0: what is left of it says nothing of the head."""
+    logprobs = torch.full((1, 4), mass / 4).log()
+    logp, p, tail = temper(logprobs, torch.zeros(1), None, 1.0)
+    torch.testing.assert_close(p, torch.full((1, 4), mass / 4))
+    torch.testing.assert_close(p.sum(-1) + tail, torch.ones(1))
+    assert bool(torch.isfinite(logp).all())
+
+
 def test_repeated_draws_are_one_entry_that_carries_them_all() -> None:
     log_tail, log_z = torch.tensor([0.4]).log(), torch.tensor([1.3])
     ids, own = torch.tensor([[7, 7, 7, 9]]), torch.tensor([[0.1, 0.1, 0.1, 0.05]]).log()

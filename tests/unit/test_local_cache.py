@@ -51,6 +51,15 @@ def test_is_bounded_and_evicts_the_least_recently_opened(tmp_path: Path) -> None
     assert 0 in kept(tmp_path) and 7 in kept(tmp_path) and not kept(tmp_path) & {1, 2}
 
 
+def test_bytes_that_changed_since_they_were_fetched_are_fetched_again(tmp_path: Path) -> None:
+    fetched = list[int]()
+    os.close(get(LocalCache(tmp_path, 5000), 3, fetched))
+    path = next(tmp_path.glob("??/*"))
+    path.write_bytes(content(4))  # the same size
+    held = get(LocalCache(tmp_path, 5000), 3, fetched)
+    assert os.pread(held, 2000, 0) == content(3) and fetched == [3, 3]
+
+
 def test_what_is_open_stays_and_can_be_read_to_its_end(tmp_path: Path) -> None:
     cache = LocalCache(tmp_path, 2000)
     held = get(cache, 0)

@@ -70,6 +70,7 @@ class LocalCache:
             with open(fd, "rb", closefd=False) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return False
+            os.lseek(fd, 0, os.SEEK_SET)  # for whoever reads from the beginning
             self._seen.add(digest)
         return True
 

@@ -45,6 +45,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     ports = [f"-{n}.port={p}" for n, p in zip(("master", "volume", "filer"), others, strict=True)]
     command = [
         weed, "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports, "-s3",
+        "-s3.port.iceberg=0", "-s3.port.lance=0",
         f"-s3.port={s3}", f"-s3.config={folder}/users.json", "-master.volumeSizeLimitMB=64",
         "-volume.max=50", "-master.electionTimeout=1s",
     ]  # fmt: skip

@@ -32,9 +32,8 @@ def over_rows(work: Callable[[slice], T], rows: int, device: torch.device) -> li
     threads = min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else 1
     if threads == 1:
         return [work(slice(0, rows))]
-    step = -(
-        -rows // (2 * threads)
-    )  # two turns, so that a thread that is held up keeps none waiting
+    # Two turns, so that a thread that is held up keeps none waiting.
+    step = -(-rows // (2 * threads))
     spans = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     return list(_pool(threads).map(torch.inference_mode()(work), spans))
 

@@ -10,22 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
 from storage.types import LOG_ZERO, AnyArray, Float32, UInt16
-
-
-class LogprobCodec(Protocol):
-    """Maps logprobs (float32, in [LOG_ZERO, 0]) to what is stored and back."""
-
-    name: str
-    dtype: ClassVar[str]
-
-    def encode(self, logprobs: Float32) -> AnyArray: ...
-
-    def decode(self, stored: AnyArray) -> Float32: ...
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def _make_group(root: Path, layout: Layout, learn: Callable[[], IdOrders]) -> No
         durable.fsync_tree(temporary)
         os.rename(temporary, root / GROUP)
     except OSError:
-        # Another task was quicker: its group has the same bytes. Anything else is a real error.
+        # Another task was quicker: its group, with its orders, is the cache's. Else a real error.
         if not (root / GROUP / "zarr.json").exists():
             raise
     finally:

@@ -46,6 +46,9 @@ def forked(task: Callable[[], Any]) -> int:
     if child:
         return child
     try:
+        # After a fork torch makes its pool anew at the first call, which must not come from two of the
+        # threads that load a checkpoint: one of them would find none.
+        torch.set_num_threads(1)
         task()
         os._exit(0)
     except BaseException:

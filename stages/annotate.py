@@ -42,12 +42,13 @@ def annotate_rows(
     head: Callable[[Tensor], Tensor],
     layout: Layout,
     chunk: int,
+    compiled: bool = False,
 ) -> RowNotes:
     """Returns the notes on R rows, computing `chunk` rows of logits at a time.
 
     Memory beyond the notes, O(R·(K + S + Z)): one chunk of logits, and one slice a thread.
     """
-    rule, pieces = NoteRule.of(layout), []
+    rule, pieces = NoteRule.of(layout, compiled), []
     gold_R, uniform_R = gold_R.to(hidden_RD.device), uniform_R.to(hidden_RD.device)
     for start in range(0, len(hidden_RD), chunk):
         rows = slice(start, start + chunk)
@@ -88,10 +89,19 @@ class PartAnnotator:
         backend: the teacher.
         layout: what is stored.
         chunk: rows of one chunk of logits.
+        compiled: whether the passes over the vocabulary are.
     """
 
-    def __init__(self, name: str, backend: TeacherBackend, layout: Layout, chunk: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        backend: TeacherBackend,
+        layout: Layout,
+        chunk: int,
+        compiled: bool = False,
+    ) -> None:
         self.name, self.backend, self.layout, self.chunk = name, backend, layout, chunk
+        self.compiled = compiled
 
     def annotate(
         self, blocks: TokenBlocks, orders: IdOrders, batch: int, advance: Callable[[int], None]
@@ -152,7 +162,7 @@ class PartAnnotator:
         uniform = uniforms(self.layout.seed, blocks.block_ids[rows], positions)
         notes = annotate_rows(
             states.last[where], gold, torch.from_numpy(uniform), self.backend.logits, self.layout,
-            self.chunk,
+            self.chunk, self.compiled,
         )  # fmt: skip
         self._require_finite(notes, blocks)
         return to_host(notes)

@@ -43,7 +43,7 @@ def cache_teachers(
 
     Args:
         jobs: from `plan_jobs`.
-        store: what is kept, for the chunk size.
+        store: what is kept, for the chunk size and the compiler.
         corpus_dir: the complete corpus.
         tokenizer: the corpus's tokenizer, which every teacher must share.
         device_name: "auto", "cpu", "cuda" or "cuda:N".
@@ -76,7 +76,9 @@ def _cache_one(
     teacher = TransformersTeacher(job.name, job.folder, job.options, device)
     try:
         require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
-        annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens)
+        annotator = PartAnnotator(
+            job.name, teacher, job.layout, store.chunk_tokens, store.compile
+        )
 
         def learn() -> IdOrders:
             progress.say(f"cache {job.name}: learning which ids are usual where")

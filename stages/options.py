@@ -116,6 +116,11 @@ class StoreOptions(Options):
     chunk_tokens: Count = Field(
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
+    compile: bool = Field(
+        False,
+        description="Fuse the passes over the vocabulary by torch.compile; the same notes up to "
+        "rounding. On a CPU this needs a C++ compiler.",
+    )
 
     @field_validator("temperatures")
     @classmethod

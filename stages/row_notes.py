@@ -5,6 +5,7 @@ Shapes: R annotated rows, C rows of a chunk, V vocabulary, K head entries, S dra
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -12,32 +13,30 @@ import torch
 from torch import Tensor
 
 from stages.row_threads import over_rows
-from stages.tail_draws import draw
+from stages.tail_draws import draw, group_of
+from stages.tail_sums import GONE, TailSums, compiled_sums, eager_sums
 from stages.top_k import top_k
 from storage.layout import Layout
 from storage.types import LOG_ZERO
 
 SLICE_ROWS = 8
-"""Rows that a CPU's thread passes over together: their logits and a buffer of that size, 3 MB at
-V = 49,152, stay in its cache for the most part; with fewer rows the calls cost what the cache saves."""
-
-GONE = -1e30
-"""Stands in a row of logits where the head was: its exponential is 0 at every temperature, and its
-product with that is 0, where −inf would give NaN."""
-
+"""Rows that a CPU's thread takes together, from the selection of the head to the draws: 1.6 MB of logits
+at V = 49,152, which stay in its cache for the most part."""
 
 @dataclass(frozen=True)
 class NoteRule:
-    """What is noted of a row: see storage.layout.Layout for the fields."""
+    """What is noted of a row (see storage.layout.Layout for the fields), and whether the passes over
+    its logits are compiled."""
 
     k: int
     temperatures: tuple[float, ...] = ()
     top_p: float = 1.0
     draws: int = 0
+    compiled: bool = False
 
     @classmethod
-    def of(cls, layout: Layout) -> NoteRule:
-        return cls(layout.k, layout.temperatures, layout.top_p, layout.draws)
+    def of(cls, layout: Layout, compiled: bool = False) -> NoteRule:
+        return cls(layout.k, layout.temperatures, layout.top_p, layout.draws, compiled)
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,28 @@ class RowNotes:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """What passes over the logits leave; logits are counted from the row's largest.
+class _Heads:
+    """The K most probable ids of R rows and their logits, [R, K], and the gold ones' logits, [R].
 
-    ids, head: [R, K], the K most probable and their logits; gold: [R], a logit; tails: [R, Z + 1],
-    Σ exp(logit/τ) outside these K for each τ and for 1; cross: [R], Σ logit·exp there; drawn: [R, S],
-    the logits of draw_ids, −inf where there is no tail.
+    Logits are counted from the row's largest, [R, 1].
     """
 
     ids: Tensor
-    head: Tensor
+    logits: Tensor
     gold: Tensor
-    tails: Tensor
-    cross: Tensor
-    draw_ids: Tensor
-    drawn: Tensor
+    largest: Tensor
 
 
-Rows = TypeVar("Rows", _Sums, RowNotes)
+@dataclass(frozen=True)
+class _Draws:
+    """draw_ids: [R, S]; logits: theirs, counted from the row's largest; −inf where there is no tail."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+T = TypeVar("T")
+Rows = TypeVar("Rows", _Heads, TailSums, _Draws, RowNotes)
 
 
 @torch.inference_mode()
@@ -94,8 +97,7 @@ def annotate_logits(
     tail = Σ_{v not kept} p_v (summed directly, not as 1 − head, which would cancel),
     log_z(τ) = log Σ exp((z − L)/τ).
 
-    Cost: K-selection (one pass) and, slice by slice in the cache, five passes, three for each
-    temperature but 1 (two for 2), one for draws. In place, with a buffer of one slice a thread.
+    Cost: K-selection (one pass), the passes of tail_sums.py, and O(K + 32·S) a row.
 
     Args:
         logits_CV: float32 or float64 [C, V], without padding rows of the head; overwritten.
@@ -106,43 +108,68 @@ def annotate_logits(
     Returns:
         Notes; non-finite where the logits are. Each row's depend on it alone (its sums up to
         rounding).
+
+    Raises:
+        ConfigError: the passes are to be compiled and cannot be.
     """
-    on_cpu = logits_CV.device.type == "cpu"
+    device, rows = logits_CV.device, len(logits_CV)
+    if rule.compiled:
+        heads = join(
+            _Heads, over_slices(lambda at: _head(logits_CV[at], gold_C[at], rule.k), rows, device)
+        )
+        sums = compiled_sums(rule.temperatures, rule.draws > 0)(logits_CV, heads.largest)
+        return _finish(heads, sums, _draws(logits_CV, heads, sums, rule, uniform_C), rule)
 
-    def work(span: slice) -> _Sums:
-        step = SLICE_ROWS if on_cpu else span.stop
-        e = logits_CV.new_empty(min(step, span.stop - span.start), logits_CV.shape[1])
-        pieces = []
-        for start in range(span.start, span.stop, step):
-            rows = slice(start, min(start + step, span.stop))
-            buffer = e[: rows.stop - start]
-            pieces.append(_sums(logits_CV[rows], gold_C[rows], rule, uniform_C[rows], buffer))
-        return join(_Sums, pieces)
+    def work(at: slice) -> tuple[_Heads, TailSums, _Draws]:
+        logits = logits_CV[at]
+        heads = _head(logits, gold_C[at], rule.k)
+        sums = eager_sums(logits, heads.largest, rule.temperatures, rule.draws > 0)
+        return heads, sums, _draws(logits, heads, sums, rule, uniform_C[at])
 
-    return _finish(join(_Sums, over_rows(work, len(logits_CV), logits_CV.device)), rule)
+    heads, sums, draws = zip(*over_slices(work, rows, device), strict=True)
+    return _finish(join(_Heads, heads), join(TailSums, sums), join(_Draws, draws), rule)
 
 
-def _sums(logits: Tensor, gold: Tensor, rule: NoteRule, uniform: Tensor, e: Tensor) -> _Sums:
-    """Passes over a slice of logits; overwrites it and `e`, a buffer of its shape."""
-    top, ids = top_k(logits, rule.k)
+def over_slices(work: Callable[[slice], T], rows: int, device: torch.device) -> list[T]:
+    """Returns work's results for consecutive slices of rows, in order; on a GPU there is one."""
+    step = SLICE_ROWS if device.type == "cpu" else rows
+
+    def several(span: slice) -> list[T]:
+        starts = range(span.start, span.stop, step)
+        return [work(slice(start, min(start + step, span.stop))) for start in starts]
+
+    return [found for some in over_rows(several, rows, device) for found in some]
+
+
+def _head(logits: Tensor, gold: Tensor, k: int) -> _Heads:
+    """Selects the K most probable, and puts GONE in their place."""
+    top, ids = top_k(logits, k)
     largest = top[:, :1]
-    head = top - largest
-    # exp at τ = 2 and its square serve two temperatures. Halving is exact, and no pass of its own.
-    unit = 2.0 if 2.0 in rule.temperatures else 1.0
-    below = torch.add(largest / -unit, logits, alpha=1.0 / unit, out=logits)
-    gold_logit = below.gather(-1, gold[:, None])[:, 0] * unit
-    below.scatter_(-1, ids, GONE)
-    tails = _exponentials(below, unit, rule.temperatures, e)
-    cross = below.mul_(e).sum(-1) * unit
-    draw_ids, drawn = ids[:, :0], head[:, :0]
-    if rule.draws:
-        if rule.top_p < 1.0:  # what is cut from the head may be drawn
-            kept = _kept(head.exp(), tails[:, -1], rule.top_p)
-            e.scatter_(-1, ids, head.exp().masked_fill_(kept, 0.0))
-        draw_ids = draw(e, uniform, rule.draws)
-        drawn = e.gather(-1, draw_ids).log_()
-        draw_ids = torch.where(torch.isneginf(drawn), ids[:, :1], draw_ids)
-    return _Sums(ids, head, gold_logit, tails, cross, draw_ids, drawn)
+    gold_logit = (logits.gather(-1, gold[:, None]) - largest)[:, 0]
+    logits.scatter_(-1, ids, GONE)
+    return _Heads(ids, top - largest, gold_logit, largest)
+
+
+def _draws(
+    logits: Tensor, heads: _Heads, sums: TailSums, rule: NoteRule, uniform: Tensor
+) -> _Draws:
+    """Draws from what was not kept of the head and from the rest; overwrites the head's logits."""
+    if not rule.draws:
+        return _Draws(heads.ids[:, :0], heads.logits[:, :0])
+    width, groups = logits.shape[-1], sums.groups
+    if rule.top_p < 1.0:  # what is cut from the head may be drawn
+        e = heads.logits.exp()
+        kept = _kept(e, sums.tails[:, -1], rule.top_p)
+        logits.scatter_(-1, heads.ids, (heads.logits + heads.largest).masked_fill_(kept, GONE))
+        cut = e.masked_fill_(kept, 0.0)
+        groups = groups.scatter_add(-1, group_of(heads.ids, width), cut)
+
+    def weights_at(ids: Tensor) -> Tensor:
+        return (logits.gather(-1, ids) - heads.largest).exp_()
+
+    ids = draw(groups, weights_at, width, uniform, rule.draws)
+    drawn = weights_at(ids).log_()
+    return _Draws(torch.where(torch.isneginf(drawn), heads.ids[:, :1], ids), drawn)
 
 
 def _kept(head_e: Tensor, tail: Tensor, top_p: float) -> Tensor:
@@ -152,9 +179,9 @@ def _kept(head_e: Tensor, tail: Tensor, top_p: float) -> Tensor:
     return torch.nn.functional.pad(mass[:, :-1], (1, 0)) < top_p * total
 
 
-def _finish(sums: _Sums, rule: NoteRule) -> RowNotes:
-    """Turns the sums of a chunk into its notes; O(C·K)."""
-    head, head_e, tail = sums.head, sums.head.exp(), sums.tails[:, -1]
+def _finish(heads: _Heads, sums: TailSums, draws: _Draws, rule: NoteRule) -> RowNotes:
+    """Turns what was found of a chunk into its notes; O(C·K)."""
+    head, head_e, tail = heads.logits, heads.logits.exp(), sums.tails[:, -1]
     total = tail + head_e.sum(-1)
     lse = total.log()[:, None]  # L, counted from the largest logit
     entropy = lse[:, 0] - (sums.cross + (head_e * head).sum(-1)) / total
@@ -162,7 +189,7 @@ def _finish(sums: _Sums, rule: NoteRule) -> RowNotes:
         (sums.tails[:, z] + (head / t).exp().sum(-1)).log() - lse[:, 0] / t
         for z, t in enumerate(rule.temperatures)
     ]
-    ids, logprobs = sums.ids, (head - lse).clamp(LOG_ZERO, 0.0)
+    ids, logprobs = heads.ids, (head - lse).clamp(LOG_ZERO, 0.0)
     if rule.top_p < 1.0:
         kept = _kept(head_e, tail, rule.top_p)
         tail = tail + head_e.masked_fill(kept, 0.0).sum(-1)
@@ -173,32 +200,14 @@ def _finish(sums: _Sums, rule: NoteRule) -> RowNotes:
         logprobs=logprobs,
         entropy=entropy.clamp_min(0.0),
         log_tail_mass=(tail.log() - lse[:, 0]).clamp(LOG_ZERO, 0.0),
-        gold_logprob=(sums.gold - lse[:, 0]).clamp(LOG_ZERO, 0.0),
+        gold_logprob=(heads.gold - lse[:, 0]).clamp(LOG_ZERO, 0.0),
         log_z=torch.stack(log_z, -1) if log_z else lse[:, :0],
-        draw_ids=sums.draw_ids,
-        draw_logprobs=(sums.drawn - lse).clamp(LOG_ZERO, 0.0),
+        draw_ids=draws.ids,
+        draw_logprobs=(draws.logits - lse).clamp(LOG_ZERO, 0.0),
     )
 
 
-def _exponentials(below: Tensor, unit: float, temperatures: tuple[float, ...], e: Tensor) -> Tensor:
-    """Returns Σ exp(logit/τ) for each τ, and last for 1, [R, Z + 1]; leaves exp(logit) in `e`.
-
-    `below` holds logit/unit, unit 1 or 2. Roots of exp(logit) would be no quicker than exponentials
-    of their own, and wrong: it underflows below −103, where its τ-th roots still count.
-    """
-    sums: dict[float, Tensor] = {}
-    for t in sorted({*temperatures, 1.0}, key=lambda t: (t == 1.0, t == unit)):
-        if t == unit:
-            torch.exp(below, out=e)
-        elif t == 1.0:
-            torch.mul(e, e, out=e)
-        else:
-            torch.mul(below, unit / t, out=e).exp_()
-        sums[t] = e.sum(-1)
-    return torch.stack([sums[t] for t in (*temperatures, 1.0)], -1)
-
-
-def join(kind: type[Rows], pieces: list[Rows]) -> Rows:
+def join(kind: type[Rows], pieces: Sequence[Rows]) -> Rows:
     """Returns one of these for the rows of all pieces, in order."""
     names = [field.name for field in fields(kind)]
     return kind(**{n: torch.cat([getattr(piece, n) for piece in pieces]) for n in names})

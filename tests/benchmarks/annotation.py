@@ -3,7 +3,7 @@
     python tests/benchmarks/annotation.py MODEL_FOLDER [rounds]
 
 Methods take turns in one process on torch's own threads; each round is one forward of the same
-blocks, and the head's product for every row in the same chunks. On a shared machine single rounds may
+blocks, and the head's product for every row in the same chunks; "compiled" is store.compile. On a shared machine single rounds may
 be slow by any factor, so the least and the median over the rounds are given; an overhead compares
 least with least. With OMP_NUM_THREADS=1 the processor time is nearly free of that noise.
 """
@@ -27,7 +27,12 @@ from storage.sampling import uniforms
 
 BLOCKS, LENGTH, CHUNK = 2, 512, 128
 TEMPERATURES = (1.5, 2.0)
-KEPT = {"k = 64": (64, 0), "k = 16, S = 16": (16, 16)}
+KEPT = {
+    "k = 64": (64, 0, False),
+    "k = 64, compiled": (64, 0, True),
+    "k = 16, S = 16": (16, 16, False),
+    "k = 16, S = 16, compiled": (16, 16, True),
+}
 BARE = "forward and head only"
 
 
@@ -56,12 +61,14 @@ def methods(teacher: TransformersTeacher, tokens: torch.Tensor) -> dict[str, Cal
         for rows in hidden().split(CHUNK):
             teacher.logits(rows)
 
-    def noted(k: int, draws: int) -> Callable[[], object]:
+    def noted(k: int, draws: int, compiled: bool) -> Callable[[], object]:
         layout = Layout(
             BLOCKS, BLOCKS, LENGTH, teacher.head_rows, "balanced", k, TEMPERATURES, (), 1, 0,
             draws=draws,
         )  # fmt: skip
-        return lambda: annotate_rows(hidden(), gold, uniform, teacher.logits, layout, CHUNK)
+        return lambda: annotate_rows(
+            hidden(), gold, uniform, teacher.logits, layout, CHUNK, compiled
+        )
 
     return {BARE: bare, **{name: noted(*kept) for name, kept in KEPT.items()}}
 
@@ -101,11 +108,11 @@ def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 9
     result = measure(Path(sys.argv[1]), rounds)
     print(f"{result['threads']} threads, {rounds} rounds, µs a token")
-    print(f"{'method':24}{'least':>8}{'median':>8}{'added':>8}{'processor':>11}")
+    print(f"{'method':26}{'least':>8}{'median':>8}{'added':>8}{'processor':>11}")
     for name, least in result["least_us"].items():
         added = f"{result['overhead'][name]:.1%}" if name in result["overhead"] else "–"
         print(
-            f"{name:24}{least:8.0f}{result['median_us'][name]:8.0f}{added:>8}"
+            f"{name:26}{least:8.0f}{result['median_us'][name]:8.0f}{added:>8}"
             f"{result['processor_us'][name]:11.0f}"
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import fields, replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,11 +12,14 @@ import torch
 
 from stages.annotate import annotate_rows
 from stages.row_notes import NoteRule, RowNotes, annotate_logits
-from stages.tail_draws import DEPTH, draw
+from stages.tail_draws import DEPTH, draw, group_of, sum_groups
 from stages.top_k import top_k
+from storage.errors import ConfigError
 from storage.layout import Layout
 from storage.sampling import uniforms
 from storage.types import LOG_ZERO
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="store.compile needs g++")
 
 Float64 = npt.NDArray[np.float64]
 V = 1003  # neither the groups of top-k nor those of the draws divide it
@@ -56,6 +62,28 @@ def test_top_k_among_ties(width: int, k: int) -> None:
     assert all(len(set(row)) == k for row in ids.tolist())
     alone = torch.cat([top_k(values[i : i + 1], k)[1] for i in range(9)])
     assert torch.equal(alone, ids)
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperatures", [(1.5, 2.0), (0.7, 4.0)])
+def test_compiled_passes_give_the_eager_notes(temperatures: tuple[float, ...]) -> None:
+    """As powers of one exponential (1.5 and 2.0) and not (0.7), one row and several."""
+    for rows, draws, top_p, scale in ((11, 5, 0.6, 3.0), (1, 5, 0.6, 3.0), (11, 5, 1.0, 60.0)):
+        logits, rule = random(rows, scale=scale), NoteRule(8, temperatures, top_p, draws)
+        eager, fused = noted(logits, rule), noted(logits, replace(rule, compiled=True))
+        for field in fields(RowNotes):
+            torch.testing.assert_close(
+                getattr(fused, field.name), getattr(eager, field.name), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    with pytest.raises(ConfigError, match=r"cannot be compiled[\s\S]*store.compile: false"):
+        noted(random(3), NoteRule(3, (1.7,), compiled=True))
 
 
 @pytest.mark.parametrize("temperatures", [TEMPERATURES, (2.0,), (0.7,), ()])
@@ -119,6 +147,21 @@ def test_a_rows_choices_depend_on_the_row_alone(top_p: float) -> None:
         torch.set_num_threads(threads)
 
 
+def drawn(weights: torch.Tensor, uniform: torch.Tensor, draws: int) -> torch.Tensor:
+    """Draws from a table of weights."""
+
+    def at(ids: torch.Tensor) -> torch.Tensor:
+        return weights.gather(-1, ids)
+
+    return draw(sum_groups(weights), at, weights.shape[-1], uniform, draws)
+
+
+@pytest.mark.parametrize("width", [1, 31, 33, 97, 1003])
+def test_a_group_is_the_column_that_an_ids_weight_is_summed_in(width: int) -> None:
+    columns = sum_groups(torch.eye(width)).nonzero()
+    assert torch.equal(columns, torch.stack([ids := torch.arange(width), group_of(ids, width)], -1))
+
+
 def plain_draws(weights: Float64, u: float, draws: int) -> list[int]:
     """Inverts one running sum over all ids, in the documented order (v mod G, v ÷ G)."""
     groups = len(weights) // DEPTH
@@ -137,7 +180,7 @@ def test_draws_are_those_of_one_running_sum(width: int) -> None:
     weights = random(20, width).double().exp()
     weights[:, ::3] = 0.0
     uniform = hashed(20)
-    found = draw(weights, uniform, 7)
+    found = drawn(weights, uniform, 7)
     for row in range(20):
         assert found[row].tolist() == plain_draws(weights[row].numpy(), float(uniform[row]), 7)
 
@@ -148,7 +191,7 @@ def test_draws_never_fall_on_nothing(width: int, u: float) -> None:
     """One id alone has weight, wherever it stands and however small it is."""
     for weight in (1e-44, 1.0, 3e38):
         weights = torch.eye(width) * weight
-        found = draw(weights, torch.full((width,), u, dtype=torch.float64), 3)
+        found = drawn(weights, torch.full((width,), u, dtype=torch.float64), 3)
         assert found.tolist() == [[v] * 3 for v in range(width)]
 
 
@@ -198,9 +241,9 @@ def test_head_and_draws_estimate_the_distribution_without_bias(scale: float, top
     sharper = p[tail] ** 1.1 / (p[tail] ** 1.1).sum()
     weights = torch.zeros(203, dtype=torch.float64)
     weights[tail] = torch.from_numpy(sharper)
-    near = draw(weights.expand(rows, -1), hashed(rows), draws).numpy()
+    near = drawn(weights.expand(rows, -1), hashed(rows), draws).numpy()
     assert not looks_unbiased(near, p, kept, draws)
-    dense = draw(torch.from_numpy(p).expand(rows, -1), hashed(rows), draws).numpy()
+    dense = drawn(torch.from_numpy(p).expand(rows, -1), hashed(rows), draws).numpy()
     assert not looks_unbiased(dense, p, kept, draws)
 
 

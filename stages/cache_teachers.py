@@ -76,9 +76,7 @@ def _cache_one(
     teacher = TransformersTeacher(job.name, job.folder, job.options, device)
     try:
         require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
-        annotator = PartAnnotator(
-            job.name, teacher, job.layout, store.chunk_tokens, store.compile
-        )
+        annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens, store.compile)
 
         def learn() -> IdOrders:
             progress.say(f"cache {job.name}: learning which ids are usual where")

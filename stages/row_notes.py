@@ -23,6 +23,7 @@ SLICE_ROWS = 8
 """Rows that a CPU's thread takes together, from the selection of the head to the draws: 1.6 MB of logits
 at V = 49,152, which stay in its cache for the most part."""
 
+
 @dataclass(frozen=True)
 class NoteRule:
     """What is noted of a row (see storage.layout.Layout for the fields), and whether the passes over
@@ -126,8 +127,9 @@ def annotate_logits(
         sums = eager_sums(logits, heads.largest, rule.temperatures, rule.draws > 0)
         return heads, sums, _draws(logits, heads, sums, rule, uniform_C[at])
 
-    heads, sums, draws = zip(*over_slices(work, rows, device), strict=True)
-    return _finish(join(_Heads, heads), join(TailSums, sums), join(_Draws, draws), rule)
+    pieces = over_slices(work, rows, device)
+    heads, sums = join(_Heads, [p[0] for p in pieces]), join(TailSums, [p[1] for p in pieces])
+    return _finish(heads, sums, join(_Draws, [p[2] for p in pieces]), rule)
 
 
 def over_slices(work: Callable[[slice], T], rows: int, device: torch.device) -> list[T]:

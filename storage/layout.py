@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from storage.types import AnyArray
 
 FORMAT = 2
 GROUP = "notes.zarr"
-PCODEC_LEVEL = 8
 
 
 @dataclass(frozen=True)
@@ -225,24 +224,35 @@ def create_group(path: Path, layout: Layout, orders: IdOrders) -> None:
         for name, spec in layout.arrays().items():
             group.create_array(
                 name, shape=spec.shape, shards=spec.shard, chunks=spec.chunk, dtype=spec.dtype,
-                serializer=_pcodec(), compressors=[Crc32cCodec()], fill_value=0,
+                serializer=_serializer(), compressors=[Crc32cCodec()], fill_value=0,
                 dimension_names=spec.dimensions,
             )  # fmt: skip
         for name, values, names in _tables(layout, orders):
             array = group.create_array(
                 name, shape=values.shape, chunks=values.shape, dtype=values.dtype,
-                serializer=_pcodec("auto"), compressors=[Crc32cCodec()], fill_value=0,
+                serializer=_serializer(delta_spec="auto"), compressors=[Crc32cCodec()], fill_value=0,
                 dimension_names=names, config={"write_empty_chunks": True},
             )  # fmt: skip
             array[...] = values
 
 
-def _pcodec(delta: Literal["none", "auto"] = "none") -> Any:
-    """Returns the byte codec. The large arrays hold neither deltas nor multiples: not looking for them
-    writes faster, to the same bytes."""
+_PCODEC = {"level": 8, "mode_spec": "classic", "delta_spec": "none"}
+"""The byte codec. The large arrays hold neither deltas nor multiples: not looking for them writes faster,
+to the same bytes."""
+
+
+def pcodec() -> Any:
+    """Returns the byte codec of the arrays as numcodecs has it."""
+    from numcodecs.pcodec import PCodec
+
+    return PCodec(**_PCODEC)
+
+
+def _serializer(**other: Any) -> Any:
+    """Returns the byte codec as Zarr has it."""
     from zarr.codecs.numcodecs import PCodec
 
-    return PCodec(level=PCODEC_LEVEL, mode_spec="classic", delta_spec=delta)
+    return PCodec(**{**_PCODEC, **other})
 
 
 def _tables(layout: Layout, orders: IdOrders) -> list[tuple[str, AnyArray, tuple[str, ...]]]:

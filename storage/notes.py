@@ -12,6 +12,7 @@ Shapes: N blocks, T tokens, K entries, S draws, Z temperatures, R rows with note
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,25 @@ def encode_rows(
         scored: bool [N, T] with R true entries, in the rows' order.
         out: the layout's arrays of these N blocks, zeroed; per-token arrays are filled in.
     """
+    start = 0
+    for n, mask in enumerate(scored):  # what one block needs stays in the processor's cache
+        stop = start + int(mask.sum())
+        values = {f.name: getattr(notes, f.name)[start:stop] for f in fields(HostNotes)}
+        block = {name: array[n] for name, array in out.items()}
+        _encode_block(layout, orders, HostNotes(**values), mask, block)
+        start = stop
+
+
+def _encode_block(
+    layout: Layout, orders: IdOrders, notes: HostNotes, scored: Bool, out: Mapping[str, AnyArray]
+) -> None:
+    """Encodes one block's rows; scored: [T]; out: arrays [T] and [K, T]."""
+    if not len(notes.ids):
+        return
     statistics = layout.codecs.statistics
     classes = orders.classify(notes.ids)
     out["id_class"][scored] = classes
-    ranks = orders.ranks[notes.ids, classes[:, None]]
+    ranks = orders.ranks_of(notes.ids, classes)
     levels = layout.codecs.logprobs.encode(notes.logprobs)
     ranks, levels = _sorted_pairs(ranks, levels, orders)
     _put(out["head_ids"], scored, _gaps(ranks))
@@ -101,7 +117,7 @@ def _encode_draws(
     scored: Bool,
     out: Mapping[str, AnyArray],
 ) -> None:
-    ranks = orders.ranks[notes.draw_ids, classes[:, None]]
+    ranks = orders.ranks_of(notes.draw_ids, classes)
     values: AnyArray = notes.draw_logprobs
     codec = layout.codecs.logprobs
     if isinstance(codec, CubeRoot):
@@ -120,12 +136,10 @@ def _floor_index(layout: Layout, floor: AnyArray) -> AnyArray:
 
 
 def _put(out: AnyArray, scored: Bool, rows: AnyArray) -> None:
-    """Writes rows [R, K] to the scored places of [N, K, T]."""
-    start = 0
-    for block, mask in zip(out, scored, strict=True):
-        stop = start + int(mask.sum())
-        block[:, mask] = rows[start:stop].T
-        start = stop
+    """Writes rows [R, K] to the scored places of [K, T]; the others are zeros."""
+    dense = np.zeros((len(scored), rows.shape[1]), out.dtype)
+    dense[scored] = rows
+    out[...] = dense.T
 
 
 class NotesDecoder:
@@ -153,7 +167,7 @@ class NotesDecoder:
             np.add(stored[n], floor, out=index, casting="unsafe", dtype=np.uint16)
             if layout.top_p < 1:
                 index[stored[n] == 0] = 0
-            codec.levels.take(index, out=logprobs[n], mode="clip")
+            codec.levels.take(index, out=logprobs[n], mode="wrap")
         return SparseLogits(ids.swapaxes(1, 2), logprobs.swapaxes(1, 2))
 
     def draws(self, arrays: Mapping[str, AnyArray]) -> TailDraws:
@@ -186,9 +200,24 @@ class NotesDecoder:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
         orders, ids = self._orders, np.empty(gaps.shape, np.int32)
         index = self._index[: gaps.shape[1]]
-        for k in range(1, gaps.shape[1]):
-            np.add(gaps[:, k - 1], gaps[:, k], out=gaps[:, k])
+        sum_gaps(gaps)
         for n, first in enumerate(classes.astype(np.intp) * orders.stride):
             np.add(gaps[n], first, out=index)
-            orders.ids.take(index, out=ids[n], mode="clip")
+            orders.ids.take(index, out=ids[n], mode="wrap")  # quicker than "clip"; never needed
         return ids
+
+
+def sum_gaps(gaps: AnyArray) -> None:
+    """Turns gaps [N, K, T] into ranks in place: running sums over K, by groups of eight.
+
+    Twice the additions of a plain loop over K, in a third of its calls.
+    """
+    count, k, length = gaps.shape
+    groups = k // 8
+    inner = gaps[:, : 8 * groups].reshape(count, groups, 8, length)
+    for j in range(1, 8):
+        np.add(inner[:, :, j - 1], inner[:, :, j], out=inner[:, :, j])
+    for group in range(1, groups):
+        np.add(inner[:, group - 1, 7:], inner[:, group], out=inner[:, group])
+    for j in range(max(1, 8 * groups), k):
+        np.add(gaps[:, j - 1], gaps[:, j], out=gaps[:, j])

@@ -1,26 +1,29 @@
-"""One shard file of a Zarr v3 array, read directly."""
+"""One shard file of a Zarr v3 array, read and written directly.
+
+Layout (Zarr v3 `sharding_indexed`, index at the end): chunks, then (offset, bytes) as little-endian
+uint64 pairs in C order of the chunk grid, then the index's crc32c. A chunk is its values by pcodec, then
+their crc32c. zarr-python reads and writes the same; equality is tested.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
 from pcodec import standalone
 
 from storage.errors import CorruptShard, MissingShard
-from storage.layout import ArraySpec
+from storage.layout import ArraySpec, pcodec
 from storage.remote import Root, open_object
 from storage.types import AnyArray
 
-_MISSING = np.uint64(2**64 - 1)
+_MISSING = 2**64 - 1
 
 
 class Shard:
     """One shard file: its index, checked once, and its chunks, each checked when read.
-
-    Layout (Zarr v3 `sharding_indexed`, index at the end): chunks, then (offset, bytes) as
-    little-endian uint64 pairs in C order of the chunk grid, then the index's crc32c.
 
     Args:
         path: of the shard.
@@ -48,7 +51,8 @@ class Shard:
         tail = os.pread(self._fd, size, max(0, os.fstat(self._fd).st_size - size))
         if len(tail) != size:
             raise self._corrupt("a shard is shorter than its index")
-        self._index = np.frombuffer(self._checked(tail, "a shard's index"), "<u8").reshape(-1, 2)
+        index = np.frombuffer(self._checked(tail, "a shard's index"), "<u8")
+        self._index: list[int] = index.tolist()
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -63,13 +67,14 @@ class Shard:
         per_block = self.spec.chunks_per_block
         rows = out.reshape(per_block, -1)
         for c in range(per_block):
-            offset, size = self._index[block * per_block + c]
+            entry = 2 * (block * per_block + c)
+            offset, size = self._index[entry], self._index[entry + 1]
             if offset == _MISSING:
                 raise MissingShard(
                     f"chunk {c} of block {block} is missing from a shard",
                     where=self.path, todo=self._todo,
                 )  # fmt: skip
-            data = os.pread(self._fd, int(size), int(offset))
+            data = os.pread(self._fd, size, offset)
             if len(data) != size:
                 raise self._corrupt("a shard ends before its index says")
             self._decode(self._checked(data, f"chunk {c} of block {block}"), rows[c])
@@ -87,3 +92,33 @@ class Shard:
 
     def _corrupt(self, what: str) -> CorruptShard:
         return CorruptShard(what, where=self.path, todo=self._todo)
+
+
+def write_shard(path: Path, spec: ArraySpec, first: int, data: AnyArray) -> None:
+    """Writes a shard of some blocks, chunk after chunk, and makes it durable.
+
+    Args:
+        path: of the shard, which must not exist.
+        first: index within the shard of data's first block; blocks not given are missing in it.
+        data: [n, …] of the array's dtype and inner shape.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    codec, per_block = pcodec(), spec.chunks_per_block
+    index = np.full((spec.chunks_per_shard, 2), _MISSING, "<u8")
+    with open(path, "xb") as file:
+        for block, values in enumerate(data, first):
+            for c, chunk in enumerate(np.ascontiguousarray(values).reshape(per_block, -1)):
+                body = codec.encode(chunk)
+                index[block * per_block + c] = file.tell(), len(body) + 4
+                file.write(body)
+                file.write(_crc32c(body))
+        file.write(index.tobytes())
+        file.write(_crc32c(index.tobytes()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _crc32c(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")

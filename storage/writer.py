@@ -1,8 +1,8 @@
 """A part of blocks → its shards → its manifest.
 
-Each array of a part is written by one assignment of a whole shard, in a folder of the writer's own, and
-hashed there; then all are moved to their places under one lock and vouched for. Two writers of one part
-are wasteful and harmless: the files are those of one of them, whatever device each had.
+A part's shards are written in a folder of the writer's own, and hashed there; then all are moved to
+their places under one lock and vouched for. Two writers of one part are wasteful and harmless: the
+files are those of one of them, whatever device each had.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from storage.layout import (
     GROUP,
     Layout,
     create_group,
-    quiet_zarr,
     shard_name,
 )
 from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
 from storage.remote import Root
+from storage.shard import write_shard
 from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
 
@@ -157,9 +157,10 @@ class CacheWriter:
         private = self.root / f".{part:06d}.{uuid.uuid4().hex}.tmp"
         try:
             with durable.disk_errors(self.root):
-                self._write_shards(private, first, last, arrays)
-                for path in names:
-                    durable.fsync_file(private / path)
+                for (name, spec), path in zip(specs.items(), names, strict=True):
+                    (private / path).parent.mkdir(parents=True)
+                    start = first - part * self.layout.blocks_per_part
+                    write_shard(private / path, spec, start, arrays[name])
                 done = manifest.Manifest(
                     self._owners.of(part), part, first, last - first,
                     manifest.describe(private, names), self._carry,
@@ -168,23 +169,6 @@ class CacheWriter:
         finally:
             shutil.rmtree(private, ignore_errors=True)
         return done
-
-    def _write_shards(
-        self, private: Path, first: int, last: int, arrays: Mapping[str, AnyArray]
-    ) -> None:
-        """Writes the shards of blocks [first, last) under a folder of their own."""
-        import zarr
-
-        for name in (".", *arrays):
-            folder = private / GROUP / name
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.root / GROUP / name / "zarr.json", folder / "zarr.json")
-        # zarr forgets this setting of an array when it is opened again; a chunk of padding, all
-        # zeros, would then not be written, and the reader takes a chunk that is not there for lost.
-        with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
-            group: Any = zarr.open_group(private / GROUP, mode="r+")
-            for name, data in arrays.items():
-                group[name][first:last] = data
 
     def _commit(self, private: Path, names: list[str], done: manifest.Manifest) -> None:
         """Moves a part's shards to their places and writes its manifest, one writer at a time."""

@@ -3,9 +3,10 @@
     python tests/benchmarks/annotation.py MODEL_FOLDER [rounds]
 
 Methods take turns in one process on torch's own threads; each round is one forward of the same
-blocks, and the head's product for every row in the same chunks; "compiled" is store.compile. On a shared machine single rounds may
-be slow by any factor, so the least and the median over the rounds are given; an overhead compares
-least with least. With OMP_NUM_THREADS=1 the processor time is nearly free of that noise.
+blocks, and the head's product for every row in the same chunks; "compiled" is store.compile. On a
+shared machine single rounds may be slow by any factor, so the least and the median over the rounds
+are given; an overhead compares least with least. With OMP_NUM_THREADS=1 the processor time is nearly
+free of that noise.
 """
 
 from __future__ import annotations

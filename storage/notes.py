@@ -19,6 +19,7 @@ import numpy as np
 
 from storage.codec import DRAW_STEP, CubeRoot
 from storage.layout import Layout
+from storage.lookup import Table, empty
 from storage.orders import IdOrders
 from storage.types import (
     LOG_ZERO,
@@ -132,7 +133,7 @@ def _encode_draws(
 
 def _floor_index(layout: Layout, floor: AnyArray) -> AnyArray:
     """Returns the level of a row's least entry."""
-    return floor if layout.top_p == 1 else floor.astype(np.intp) + 1
+    return floor if layout.top_p == 1 else floor + np.uint16(1)
 
 
 def _put(out: AnyArray, scored: Bool, rows: AnyArray) -> None:
@@ -143,43 +144,44 @@ def _put(out: AnyArray, scored: Bool, rows: AnyArray) -> None:
 
 
 class NotesDecoder:
-    """Turns one cache's integer arrays back into notes. Keeps scratch memory: one thread at a time.
+    """Turns one cache's integer arrays back into notes.
 
     Args:
         layout, orders: of the cache.
+
+    Every method raises IndexError where a code stands for nothing, which only a writer's mistake makes.
     """
 
     def __init__(self, layout: Layout, orders: IdOrders) -> None:
         self._layout, self._orders = layout, orders
-        shape = (max(layout.k, layout.draws), layout.block_length)
-        self._index = np.empty(shape, np.intp)
+        self._ids = Table(orders.ids)
+        codec = layout.codecs.logprobs
+        self._levels = Table(codec.levels) if isinstance(codec, CubeRoot) else None
 
     def head(self, arrays: Mapping[str, AnyArray]) -> SparseLogits:
         """Returns the head; `head_ids` is turned into ranks in place."""
-        layout, codec = self._layout, self._layout.codecs.logprobs
-        ids = self._ids(arrays["head_ids"], arrays["id_class"])
-        stored = arrays["head_logprobs"]
-        if not isinstance(codec, CubeRoot):
-            return SparseLogits(ids.swapaxes(1, 2), stored.swapaxes(1, 2))
-        logprobs = np.empty(stored.shape, np.float32)
-        index = self._index[: layout.k]
-        for n, floor in enumerate(arrays["head_floor"]):
-            np.add(stored[n], floor, out=index, casting="unsafe", dtype=np.uint16)
-            if layout.top_p < 1:
-                index[stored[n] == 0] = 0
-            codec.levels.take(index, out=logprobs[n], mode="wrap")
+        ids = self._ids_of(arrays["head_ids"], arrays["id_class"])
+        logprobs = arrays["head_logprobs"]
+        if self._levels is not None:
+            index = empty(logprobs.shape, np.uint16)
+            np.add(logprobs, arrays["head_floor"][:, None], out=index)
+            if self._layout.top_p < 1:
+                index[logprobs == 0] = 0
+            logprobs = self._levels[index]
         return SparseLogits(ids.swapaxes(1, 2), logprobs.swapaxes(1, 2))
 
     def draws(self, arrays: Mapping[str, AnyArray]) -> TailDraws:
         """Returns the draws; `draw_ids` is turned into ranks in place."""
-        layout, codec = self._layout, self._layout.codecs.logprobs
-        ids = self._ids(arrays["draw_ids"], arrays["id_class"]).swapaxes(1, 2)
-        if not layout.draws_tempered:
+        ids = self._ids_of(arrays["draw_ids"], arrays["id_class"]).swapaxes(1, 2)
+        if not self._layout.draws_tempered:
             return TailDraws(ids, None)
-        logprobs = arrays["draw_logprobs"]
-        if isinstance(codec, CubeRoot):
-            floor = codec.levels[_floor_index(layout, arrays["head_floor"])][:, None]
-            logprobs = np.maximum(floor - logprobs * np.float32(DRAW_STEP), np.float32(LOG_ZERO))
+        stored = logprobs = arrays["draw_logprobs"]
+        if self._levels is not None:
+            floor = self._levels[_floor_index(self._layout, arrays["head_floor"])][:, None]
+            logprobs = empty(stored.shape, np.float32)
+            np.multiply(stored, np.float32(-DRAW_STEP), out=logprobs)
+            np.add(logprobs, floor, out=logprobs)
+            np.maximum(logprobs, np.float32(LOG_ZERO), out=logprobs)
         return TailDraws(ids, logprobs.swapaxes(1, 2))
 
     def stats(self, arrays: Mapping[str, AnyArray]) -> TokenStats:
@@ -196,14 +198,15 @@ class NotesDecoder:
             -decode(arrays["gold_logprob"]), log_z.swapaxes(1, 2),
         )  # fmt: skip
 
-    def _ids(self, gaps: AnyArray, classes: AnyArray) -> Int32:
+    def _ids_of(self, gaps: AnyArray, classes: AnyArray) -> Int32:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
-        orders, ids = self._orders, np.empty(gaps.shape, np.int32)
-        index = self._index[: gaps.shape[1]]
         sum_gaps(gaps)
-        for n, first in enumerate(classes.astype(np.intp) * orders.stride):
-            np.add(gaps[n], first, out=index)
-            orders.ids.take(index, out=ids[n], mode="wrap")  # quicker than "clip"; never needed
+        if gaps.size and int(gaps.max()) >= self._orders.stride:
+            raise IndexError(f"rank {int(gaps.max())} of {self._orders.stride}")
+        index = empty(gaps.shape, np.uint32)
+        first = classes.astype(np.uint32) * np.uint32(self._orders.stride)
+        np.add(gaps, first[:, None], out=index)
+        ids: Int32 = self._ids[index]
         return ids
 
 

@@ -29,7 +29,7 @@ _TABLE = (
 _ROUNDS = 7
 _SMOOTHING = 200.0  # ids of the common distribution added to each class's counts
 _SAMPLED = 16  # most probable ids of a row that choose its class while learning
-_ASKED = 16  # ids of a row that choose its class: 16 · 32 · 25 bits is below 2^15
+_ASKED = 32  # ids of a row that choose its class: 32 · 32 · 25 bits is below 2^15
 _ROWS = 512  # rows classified at once: their sums of costs, and one id's, 64 kB
 _SHIFT = 32.0  # an id at rank r costs about log2(r + 32) bits
 

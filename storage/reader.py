@@ -18,6 +18,7 @@ from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
 from storage.layout import Layout, shard_name
+from storage.lookup import empty
 from storage.manifest import Manifest
 from storage.notes import STATISTICS, NotesDecoder
 from storage.remote import RemotePath, Root
@@ -94,7 +95,7 @@ class CacheReader:
             MissingShard, CorruptShard: its bytes are not those that were written.
         """
         spec = self._specs[name]
-        out = np.empty((len(block_ids), *spec.shape[1:]), spec.dtype)
+        out = empty((len(block_ids), *spec.shape[1:]), spec.dtype)
         for row, block in enumerate(block_ids.tolist()):
             part = self.layout.part_of(block)
             index = block - part * self.layout.blocks_per_part
@@ -104,19 +105,24 @@ class CacheReader:
     def read(self, block_ids: Int64) -> TeacherNotes:
         """Returns the teacher's notes on the blocks, decoded, in the order asked for.
 
-        The arrays of the result are [n, T, …] views of [n, …, T]. Scratch memory is kept: one thread
+        The arrays of the result are [n, T, …] views of [n, …, T]. Open files are remembered: one thread
         at a time.
+
+        Raises:
+            IncompleteCache, MissingShard, CorruptShard
         """
         layout, packed = self.layout, self.packed(block_ids)
-        notes = TeacherNotes(
-            self._decoder.head(packed),
-            self._decoder.stats(packed),
-            PooledFeatures(
-                packed["feature_count"],
-                {n: from_bfloat16(packed[f"feature_{n}"]) for n in self.layers},
-            ),
-            self._decoder.draws(packed) if layout.draws else None,
-        )
+        try:
+            head, stats = self._decoder.head(packed), self._decoder.stats(packed)
+            draws = self._decoder.draws(packed) if layout.draws else None
+        except IndexError as error:
+            raise CorruptShard(
+                f"notes of teacher {self.name!r} were written wrong", where=self.root,
+                expected="ranks and levels that exist", found=error,
+                todo="run `scholiast verify --deep`",
+            ) from error  # fmt: skip
+        layers = {n: from_bfloat16(packed[f"feature_{n}"]) for n in self.layers}
+        notes = TeacherNotes(head, stats, PooledFeatures(packed["feature_count"], layers), draws)
         return notes if self.k == layout.k else smaller_head(notes, self.k)
 
     def stats(self, block_ids: Int64) -> TokenStats:

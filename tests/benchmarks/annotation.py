@@ -7,10 +7,16 @@ blocks, and the head's product for every row in the same chunks; "compiled" is s
 shared machine single rounds may be slow by any factor, so the least and the median over the rounds
 are given; an overhead compares least with least. With OMP_NUM_THREADS=1 the processor time is nearly
 free of that noise.
+
+Memory: for each of LENGTHS a process of its own annotates so many random hidden states with the
+teacher's head; given is by how much its peak exceeds what it held before, model included, and the
+notes themselves, which exist in pieces and joined at the end.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +41,11 @@ KEPT = {
     "k = 16, S = 16, compiled": (16, 16, True),
 }
 BARE = "forward and head only"
+LENGTHS = (1024, 4096, 16_384)
+
+
+def load(folder: Path) -> TransformersTeacher:
+    return TransformersTeacher("t", folder, TeacherOptions(model="m"), torch.device("cpu"))
 
 
 def tokens_of(folder: Path) -> torch.Tensor:
@@ -82,7 +93,7 @@ def measure(folder: Path, rounds: int = 9) -> dict[str, Any]:
         folder: a causal LM's checkpoint with its tokenizer.
         rounds: turns of each method, after one that is not counted.
     """
-    teacher = TransformersTeacher("t", folder, TeacherOptions(model="m"), torch.device("cpu"))
+    teacher = load(folder)
     runs = methods(teacher, tokens_of(folder))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     processor = {name: float("inf") for name in runs}
@@ -105,7 +116,29 @@ def measure(folder: Path, rounds: int = 9) -> dict[str, Any]:
     }
 
 
+def status(field: str) -> int:
+    """Returns bytes of this process: VmRSS, or VmHWM, their peak."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def held(folder: Path, tokens: int) -> None:
+    """Prints, as JSON, what annotating so many tokens takes beyond its input and the notes."""
+    teacher = load(folder)
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    hidden = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout = Layout(1, 1, tokens, teacher.head_rows, "balanced", 64, TEMPERATURES, (), 1, 0)
+    gold, uniform = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens).double()
+    before = status("VmRSS")
+    notes = annotate_rows(hidden, gold, uniform, teacher.logits, layout, CHUNK)
+    size = 2 * sum(value.nbytes for value in vars(notes).values())
+    print(json.dumps({"beyond": status("VmHWM") - before - size, "notes": size}))
+
+
 def main() -> None:
+    if sys.argv[1] == "--held":
+        held(Path(sys.argv[2]), int(sys.argv[3]))
+        return
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 9
     result = measure(Path(sys.argv[1]), rounds)
     print(f"{result['threads']} threads, {rounds} rounds, µs a token")
@@ -115,6 +148,13 @@ def main() -> None:
         print(
             f"{name:26}{least:8.0f}{result['median_us'][name]:8.0f}{added:>8}"
             f"{result['processor_us'][name]:11.0f}"
+        )
+    for tokens in LENGTHS:
+        command = [sys.executable, __file__, "--held", sys.argv[1], str(tokens)]
+        found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        print(
+            f"T = {tokens:6,}: peak {found['beyond'] / 1e6:.0f} MB beyond what it was given and "
+            f"{found['notes'] / 1e6:.1f} MB of notes"
         )
 
 

@@ -16,10 +16,12 @@ from storage import manifest
 from storage.codec import PRESETS, FixedPoint, from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache, MissingShard, StaleCache
 from storage.fingerprint import fingerprint
-from storage.layout import GROUP, Layout, order_names
+from storage.layout import GROUP, Layout, create_group, order_names, quiet_zarr, shard_name
+from storage.lookup import Table
 from storage.notes import encode_rows
 from storage.orders import IdOrders, learn_orders
 from storage.reader import CacheReader
+from storage.shard import Shard
 from storage.tables import restore
 from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
 from storage.verify import verify
@@ -105,6 +107,56 @@ def test_bit_equal_to_zarr_python(root: Path) -> None:
             plain = group[name][:]
             assert plain.shape == spec.shape and plain.dtype == spec.dtype
             assert np.array_equal(reader.array(name, ids), plain[ids])
+
+
+@pytest.mark.parametrize("part", [0, 2])  # the last is not full
+def test_shards_are_those_that_zarr_python_writes(root: Path, tmp_path: Path, part: int) -> None:
+    """Byte for byte; of a block with several chunks, the same chunks in another order."""
+    orders, (first, last) = some_orders(), LAYOUT.part_range(part)
+    create_group(tmp_path / GROUP, LAYOUT, orders)
+    with quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+        group = zarr.open_group(tmp_path / GROUP, mode="r+")
+        for name, array in random_part(LAYOUT, part, orders).items():
+            group[name][first:last] = array
+    for name, spec in LAYOUT.arrays().items():
+        path = shard_name(name, part, len(spec.shape))
+        ours, theirs = (root / path).read_bytes(), (tmp_path / path).read_bytes()
+        if spec.chunks_per_block == 1:
+            assert ours == theirs
+        assert len(ours) == len(theirs)
+        found = np.empty((2, last - first, *spec.shape[1:]), spec.dtype)
+        for folder, out in zip((root, tmp_path), found, strict=True):
+            shard = Shard(folder / path, spec, part)
+            for block in range(last - first):
+                shard.read_into(block, out[block])
+        assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["head_ids", "draw_ids", "id_class", "head_floor"])
+@pytest.mark.parametrize("vocab", [900, LAYOUT.vocab_size])
+def test_codes_that_stand_for_nothing_are_refused(tmp_path: Path, name: str, vocab: int) -> None:
+    """What a writer wrote wrong has its checksums right."""
+    layout = replace(LAYOUT, vocab_size=vocab)
+    writer = CacheWriter(tmp_path, IDENTITY, layout, lambda: some_orders(layout))
+    for part in range(layout.parts):
+        arrays = random_part(layout, part, writer.orders)
+        arrays[name][0, ..., 7] = np.iinfo(arrays[name].dtype).max // 2
+        writer.write_part(part, arrays)
+    with pytest.raises(CorruptShard, match="written wrong"):
+        CacheReader(tmp_path, "one").read(np.array([0]))
+    assert verify(tmp_path).sound and not verify(tmp_path, deep=True).sound
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_look_ups_are_numpys(dtype: type) -> None:
+    values = np.random.default_rng(0).random(999).astype(np.float32)
+    index = np.random.default_rng(1).integers(0, 999, (3, 5, 7)).astype(dtype)
+    found = Table(values)[index]
+    assert found.flags.c_contiguous and found.flags.writeable and found.dtype == np.float32
+    assert np.array_equal(found, values[index])
+    assert Table(values)[index[:0]].shape == (0, 5, 7)
+    with pytest.raises(IndexError, match="999"):
+        Table(values)[np.array([999], dtype)]
 
 
 def sorted_rows(ids: AnyArray, values: AnyArray) -> tuple[AnyArray, AnyArray]:

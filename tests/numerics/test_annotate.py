@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.annotate import annotate_rows
 from stages.row_notes import NoteRule, RowNotes, annotate_logits
@@ -62,6 +64,37 @@ def test_top_k_among_ties(width: int, k: int) -> None:
     assert all(len(set(row)) == k for row in ids.tolist())
     alone = torch.cat([top_k(values[i : i + 1], k)[1] for i in range(9)])
     assert torch.equal(alone, ids)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation gives, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("draws", [0, 4])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(draws: int) -> None:
+    """However many rows there are; tests/benchmarks/annotation.py measures the process."""
+    rows, chunk, layout = 256, 16, Layout(1, 1, 256, V, "exact", 8, (1.5,), (), 1, 0, draws=draws)
+    hidden, weight = random(rows, 4), random(4, V)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is asked for is seen in this thread only
+    try:
+        with Largest() as largest:
+            annotate_rows(
+                hidden, torch.zeros(rows, dtype=torch.int64), hashed(rows), lambda x: x @ weight,
+                layout, chunk,
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert largest.elements == chunk * V
 
 
 @needs_compiler

@@ -27,10 +27,10 @@ def empty(shape: tuple[int, ...], dtype: Any) -> AnyArray:
 
 
 class Table:
-    """A table of 4-byte values.
+    """A table of numbers.
 
     Args:
-        values: [n].
+        values: [n], without missing ones.
     """
 
     def __init__(self, values: AnyArray) -> None:

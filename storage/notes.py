@@ -154,7 +154,8 @@ class NotesDecoder:
 
     def __init__(self, layout: Layout, orders: IdOrders) -> None:
         self._layout, self._orders = layout, orders
-        self._ids = Table(orders.ids)
+        narrow = orders.vocab_size <= 1 << 16  # half the bytes: more of it stays in the cache
+        self._ids = Table(orders.ids.astype(np.uint16) if narrow else orders.ids)
         codec = layout.codecs.logprobs
         self._levels = Table(codec.levels) if isinstance(codec, CubeRoot) else None
 
@@ -206,7 +207,8 @@ class NotesDecoder:
         index = empty(gaps.shape, np.uint32)
         first = classes.astype(np.uint32) * np.uint32(self._orders.stride)
         np.add(gaps, first[:, None], out=index)
-        ids: Int32 = self._ids[index]
+        ids: Int32 = empty(gaps.shape, np.int32)
+        ids[...] = self._ids[index]
         return ids
 
 

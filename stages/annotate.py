@@ -104,14 +104,20 @@ class PartAnnotator:
         self.compiled = compiled
 
     def annotate(
-        self, blocks: TokenBlocks, orders: IdOrders, batch: int, advance: Callable[[int], None]
+        self,
+        blocks: TokenBlocks,
+        orders: IdOrders,
+        batch: int,
+        advance: Callable[[int], None],
+        later: Callable[..., object],
     ) -> dict[str, AnyArray]:
-        """Returns every array of the layout for these blocks, encoded.
+        """Returns every array of the layout for these blocks, encoded once what `later` took is done.
 
         Args:
             orders: of the cache's ids.
             batch: blocks of one forward.
             advance: told the tokens of each finished batch.
+            later: called with the encoding of a batch and its arguments; does it, now or behind.
 
         Raises:
             NonFiniteLogits: says teacher, block and position.
@@ -126,7 +132,7 @@ class PartAnnotator:
             taken, out = blocks.take(rows), {name: a[rows] for name, a in arrays.items()}
             notes = self._batch(taken, out)
             if notes is not None:
-                encode_rows(self.layout, orders, notes, taken.scored, out)
+                later(encode_rows, self.layout, orders, notes, taken.scored, out)
             advance((rows.stop - rows.start) * self.layout.block_length)
         return arrays
 

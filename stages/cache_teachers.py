@@ -1,19 +1,21 @@
 """Stage one: each teacher once over the corpus, one in memory at a time, part by part.
 
 The task is stateless: a part whose manifest stands is skipped, any other is computed and committed.
-Cost: one forward of the teacher per block; memory: the teacher, one batch's hidden states, one
-chunk of logits and one part of notes.
+A thread encodes and writes behind the teacher. Cost: one forward of the teacher per block; memory: the
+teacher, one batch's hidden states, one chunk of logits, three batches of notes and two encoded parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from stages.annotate import PartAnnotator
+from stages.behind import Behind
 from stages.device import Usage, choose_device
 from stages.options import StoreOptions
 from stages.progress import Progress
@@ -25,7 +27,7 @@ from storage.durable import require_free
 from storage.layout import Layout
 from storage.orders import IdOrders, learn_orders
 from storage.remote import Root
-from storage.types import Int64
+from storage.types import AnyArray, Int64
 from storage.writer import CacheWriter
 
 LEARNING_TOKENS = 16_384
@@ -88,8 +90,9 @@ def _cache_one(
         total = job.layout.blocks * job.layout.block_length
         left = job.layout.blocks_of(job.pending) * job.layout.block_length
         progress.start(f"cache {job.name}", total, "token", total - left)
-        for part in job.pending:
-            _do_part(job, part, annotator, writer, reader, device, progress)
+        with Behind(depth=3) as behind:
+            for part in job.pending:
+                _do_part(job, part, annotator, writer, reader, device, progress, behind)
         progress.finish()
     finally:
         teacher.close()
@@ -115,23 +118,31 @@ def _do_part(
     reader: BlockReader,
     device: torch.device,
     progress: Progress,
+    behind: Behind,
 ) -> None:
     tokens, usage = _tokens(job, part), Usage(device)
     raw = int(job.layout.bytes_per_token_raw() * tokens)
     require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}")
     arrays = annotator.annotate(
-        reader.part(part), writer.orders, job.options.batch_blocks, progress.advance
+        reader.part(part), writer.orders, job.options.batch_blocks, progress.advance, behind.submit
     )
-    computed = usage.seconds
+    row = {
+        "part": part, "tokens": tokens, "seconds": usage.seconds, "peak_bytes": usage.peak_bytes,
+        "device": _device_name(device),
+    }  # fmt: skip
+    behind.submit(_commit, job, part, arrays, writer, row)
+
+
+def _commit(
+    job: TeacherJob,
+    part: int,
+    arrays: Mapping[str, AnyArray],
+    writer: CacheWriter,
+    row: dict[str, Any],
+) -> None:
+    start = time.perf_counter()
     writer.write_part(part, arrays)
-    append_log(
-        job.local_root,
-        {
-            "part": part, "tokens": tokens, "seconds": usage.seconds,
-            "write_seconds": usage.seconds - computed, "peak_bytes": usage.peak_bytes,
-            "device": _device_name(device),
-        },
-    )  # fmt: skip
+    append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
 
 
 def _tokens(job: TeacherJob, part: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,10 +88,14 @@ class TestTransformers(BackendConformance):
 ORDERS = learn_orders(np.arange(40).reshape(5, 8), V)
 
 
+def at_once(work: Callable[..., object], *arguments: Any) -> None:
+    work(*arguments)
+
+
 def annotated(backend: TeacherBackend, stored: Layout, chunk: int, batch: int) -> Any:
     """The arrays of `blocks()`, and the notes they decode to."""
     annotator = PartAnnotator("t", backend, stored, chunk)
-    arrays = annotator.annotate(blocks(), ORDERS, batch, lambda tokens: None)
+    arrays = annotator.annotate(blocks(), ORDERS, batch, lambda tokens: None, at_once)
     decoder = NotesDecoder(stored, ORDERS)
     packed = {name: array.copy() for name, array in arrays.items()}
     return arrays, decoder.head(packed), decoder.stats(packed)
@@ -182,7 +187,7 @@ def test_non_finite_logits_are_refused_with_their_place(tmp_path: Path, value: f
     rows, positions = np.nonzero(blocks().scored)
     place = f"block {blocks().block_ids[rows[11]]}, position {positions[11]}"
     with pytest.raises(NonFiniteLogits, match="teacher 'mine'") as caught:
-        annotator.annotate(blocks(), ORDERS, 2, lambda tokens: None)
+        annotator.annotate(blocks(), ORDERS, 2, lambda tokens: None, at_once)
     assert place in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+MOST_FILES = 65_536
 
 
 class ScholiastGroup(click.Group):
@@ -27,6 +29,7 @@ class ScholiastGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         self._debug = "--debug" in (kwargs.get("args") or sys.argv)
+        _allow_open_files()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -52,6 +55,15 @@ class ScholiastGroup(click.Group):
         finally:  # a bar left open would hide the cursor and run into the message
             if ctx.obj is not None:
                 ctx.obj.stop_bar()
+
+
+def _allow_open_files() -> None:
+    """Takes as many descriptors as the system allows: readers keep a shard of each array open, of each
+    part in the order's window and each teacher, and the usual 1,024 would have them opened again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _message(error: Exception) -> str:

@@ -185,11 +185,12 @@ class BatchReader:
         features: dict[tuple[str, int], Tensor],
     ) -> Batch:
         layout = next(iter(self.caches.values())).layout
+        segments = next((c.layout.segments for c in self.caches.values() if c.layers), 1)
         target = fuse(
             rows, layout.temperatures, self.corpus.info.vocab_size, self._temperature, self._options
         )
         weights = {
-            name: segment_means(row, batch.scored, layout.segments)
+            name: segment_means(row, batch.scored, segments)
             for name, row in zip(rows, target.weights, strict=True)
         }
         return replace(batch, target=target, features=features, segment_weights=weights)
@@ -198,12 +199,13 @@ class BatchReader:
 def _require_alike(caches: Mapping[str, CacheReader]) -> None:
     """Refuses caches whose notes cannot be put side by side."""
     kinds = {
-        name: (c.layout.temperatures, c.layout.segments if c.layers else 1, c.layout.vocab_size)
+        name: (c.layout.temperatures, c.layout.vocab_size, c.layout.segments)
         for name, c in caches.items()
     }
-    if len(set(kinds.values())) > 1:
+    pooled = {c.layout.segments for c in caches.values() if c.layers}
+    if len({kind[:2] for kind in kinds.values()}) > 1 or len(pooled) > 1:
         raise ConfigError(
-            "the teachers' caches differ in temperatures, segments or vocabulary", where="store",
+            "the teachers' caches differ in temperatures, vocabulary or segments", where="store",
             found="; ".join(f"{name}: {kind}" for name, kind in kinds.items()),
             todo="cache all teachers with one configuration",
         )  # fmt: skip

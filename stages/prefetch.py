@@ -37,7 +37,8 @@ class Prefetcher:
         # Fetching more than the cache keeps would evict what is about to be read.
         self._room = min((cache.limit for cache in caches), default=0) // 2
         self._asked: OrderedDict[int, None] = OrderedDict()
-        self._largest = 1  # bytes of the largest part so far, of all sources together
+        self._largest = 0  # bytes of the largest part so far, of all sources together
+        self._threads, self._wanted, self._lock = threads, list[int](), threading.Lock()
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(threads, "fetch") if threads and self._sources else None
 
@@ -46,12 +47,19 @@ class Prefetcher:
         if self._pool is None:
             return
         wanted = self._order.upcoming(position, WINDOW_PARTS + 1)
-        for part in wanted[: max(1, self._room // self._largest)]:
+        with self._lock:
+            self._wanted = wanted
+            self._ask(self._pool)
+            for part in [p for p in self._asked if p not in set(wanted)]:
+                del self._asked[part]  # it may be wanted again an epoch later
+
+    def _ask(self, pool: ThreadPoolExecutor) -> None:
+        """Gives the threads what there is room for: as many parts as threads until a size is known."""
+        most = self._room // self._largest if self._largest else self._threads
+        for part in self._wanted[: max(1, most)]:
             if part not in self._asked:
                 self._asked[part] = None
-                self._pool.submit(self._fetch, part)
-        for part in [p for p in self._asked if p not in set(wanted)]:
-            del self._asked[part]  # it may be wanted again an epoch later
+                pool.submit(self._fetch, part, pool)
 
     def close(self) -> None:
         """Stops after what is being fetched."""
@@ -59,8 +67,11 @@ class Prefetcher:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, part: int) -> None:
-        if not self._stopped.is_set():
-            with contextlib.suppress(ScholiastError):  # whoever reads the part meets it again
-                size = sum(source.fetch(part) for source in self._sources)
+    def _fetch(self, part: int, pool: ThreadPoolExecutor) -> None:
+        if self._stopped.is_set():
+            return
+        with contextlib.suppress(ScholiastError):  # whoever reads the part meets it again
+            size = sum(source.fetch(part) for source in self._sources)
+            with self._lock, contextlib.suppress(RuntimeError):  # the pool has been closed
                 self._largest = max(self._largest, size)
+                self._ask(pool)

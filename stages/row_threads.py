@@ -7,6 +7,7 @@ Torch and NumPy give up the interpreter's lock inside their kernels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -43,9 +44,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     pool, before, barrier = ThreadPoolExecutor(threads), torch.get_num_threads(), Barrier(threads)
 
     def begin(_: int) -> None:
+        torch.get_num_threads()  # or this thread's first kernel would take the number of the start
         torch.set_num_threads(1)  # of this thread, and what threads to come start with
         barrier.wait()
 
     list(pool.map(begin, range(threads)))
     torch.set_num_threads(before)
     return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads are not forked

@@ -131,7 +131,7 @@ def compiled_sums(
 
 
 def _divides(unit: int, temperatures: Sequence[float]) -> bool:
-    return all(unit / t == round(unit / t) for t in temperatures)
+    return all(unit / t == round(unit / t) <= LARGEST_POWER for t in temperatures)
 
 
 def power(x: Tensor, n: int) -> Tensor:

@@ -37,18 +37,35 @@ def fsync_tree(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock, the kernel's (flock): a kill leaves none behind.
+def alone(path: Path) -> Iterator[None]:
+    """Holds a lock file, made for the time, against other threads and processes.
 
-    A file system without such locks is written to without them.
+    The lock is the kernel's (flock), so a kill leaves none behind; the file is opened for writing,
+    without which NFS gives no such lock. A file system that has none is used without them.
     """
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(fd)
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                break
+        os.close(fd)  # its former holder removed it while we waited
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # it is ours as long as we hold it
+        # Closing alone would leave the lock to a process forked in the meantime.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path) -> None:

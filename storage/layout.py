@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,8 +212,8 @@ def _chunk_entries(k: int) -> int:
     return best if best >= min(8, k) else k
 
 
-def create_group(path: Path, layout: Layout, orders: IdOrders) -> None:
-    """Creates the group at `path`: the orders of ids, and the metadata of all other arrays."""
+def create_group(path: Any, layout: Layout, orders: IdOrders) -> None:
+    """Creates the group at a path or Zarr store: the orders of ids, the metadata of all other arrays."""
     import zarr
     from zarr.codecs import Crc32cCodec
 

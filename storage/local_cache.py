@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from storage import durable
@@ -78,9 +78,10 @@ class LocalCache:
         self, path: Path, digest: str, size: int, fetch: Callable[[Path], None], where: object
     ) -> None:
         """Fetches, checks and renames an object, unless another process is quicker."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         # The lock is no lock of the file itself: that becomes the object, and its readers hold it.
-        with durable.disk_errors(path), _alone(path.with_suffix(".lock")):
+        with durable.disk_errors(path), durable.alone(path.with_suffix(".lock")):
             if path.exists():
                 return
             self._make_room(size)
@@ -101,7 +102,7 @@ class LocalCache:
 
     def _make_room(self, size: int) -> None:
         if self._unseen >= self.limit // 64 or self._used + self._unseen + size > self.limit:
-            with _alone(self.folder / "lock"):
+            with durable.alone(self.folder / "lock"):
                 self._used, self._unseen = self._evict(size), 0
         self._unseen += size
 
@@ -128,39 +129,18 @@ class LocalCache:
 def _removed(name: str) -> bool:
     """Removes a file that nobody holds; returns whether it did."""
     try:
-        fd = os.open(name, os.O_RDONLY)
+        fd = os.open(name, os.O_RDWR)  # NFS locks exclusively only what may be written
     except FileNotFoundError:
         return True
+    except PermissionError:  # another user's
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(name)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     except FileNotFoundError:
         return True
     finally:
         os.close(fd)
     return True
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock file, made for the time, against other threads and processes."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                break
-        _release(fd)  # its former holder removed it while we waited
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # it is ours as long as we hold it
-        _release(fd)
-
-
-def _release(fd: int) -> None:
-    """Unlocks and closes: closing alone would leave the lock to a process forked in the meantime."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)

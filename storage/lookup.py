@@ -46,6 +46,7 @@ class Table:
             return np.empty(index.shape, self._dtype)
         if (largest := int(index.max())) >= len(self._values):  # as the kernel would, but quicker
             raise IndexError(f"{largest} in a table of {len(self._values)}")
+        index = np.ascontiguousarray(index)
         places = pa.Array.from_buffers(_INDEX[index.dtype], index.size, [None, pa.py_buffer(index)])
         found = pc.call_function("take", [self._values, places], _UNCHECKED)
         return np.frombuffer(found.buffers()[1], self._dtype).reshape(index.shape)

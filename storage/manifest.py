@@ -16,7 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ SAMPLE = 1000
 REMOTE_SAMPLE = 32
 """The same where each takes a request to a store."""
 
+_DIGITS = 19  # of a part's number: fewer fit into int64
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
 
 REDO = "delete this manifest and run the same command again: that part alone is made anew"
@@ -50,7 +51,8 @@ class Manifest:
         part: index of the part, from 0.
         first_block, blocks: the block range [first_block, first_block + blocks).
         objects: path relative to the root → (bytes, sha256).
-        carry: what the next part needs in order to go on (corpus only).
+        carry: what the next part needs in order to go on (of a corpus); the digest of the orders of ids
+            (of a cache).
     """
 
     fingerprint: str
@@ -101,7 +103,8 @@ def parse_names(names: Iterable[str]) -> Listing:
     """Returns what the names of a folder of manifests say; other names are passed over."""
     parts, prefixes = [], []
     for name in names:
-        if found := _NAME.fullmatch(name):
+        found = _NAME.fullmatch(name)
+        if found and found[1] == f"{int(found[1]):06d}" and len(found[1]) < _DIGITS:
             parts.append(int(found[1]))
             prefixes.append(found[2].encode())
     numbers = np.array(parts, np.int64)
@@ -254,7 +257,17 @@ def parse(path: Root, data: bytes) -> Manifest:
             "a manifest's bytes are not those that were written", where=path, todo=REDO
         )
     body["objects"] = {p: (int(size), str(digest)) for p, (size, digest) in body["objects"].items()}
+    if outside := [name for name in body["objects"] if not _below(name)]:
+        raise CorruptShard(
+            "a manifest names a file outside its folder", where=path, found=outside[0], todo=REDO
+        )
     return Manifest(**body)
+
+
+def _below(name: str) -> bool:
+    """Returns whether a path names something below the folder that it is relative to."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
 def finished(root: Root, part: int, expected: str) -> Manifest | None:

@@ -1,13 +1,12 @@
 """The Zarr group's own metadata against the layout they follow from.
 
-The reader takes shapes and dtypes from cache.json and never looks here; zarr-python, with which
-parts are written and which other people read with, looks nowhere else.
+Our reader and writer take shapes and dtypes from cache.json and never look here; zarr-python, which
+other people read with, looks nowhere else.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,17 @@ def group_metadata(layout: Layout, orders: IdOrders) -> dict[str, bytes]:
 
 @lru_cache(maxsize=16)
 def _group_metadata(layout: Layout, classes: int, seen: int) -> dict[str, bytes]:
+    from zarr.storage import MemoryStore
+
     near = np.zeros((classes, min(NEAR, layout.vocab_size)), np.int32)
     orders = IdOrders(near, np.zeros(seen, np.int32), layout.vocab_size)
-    with tempfile.TemporaryDirectory() as folder:
-        create_group(Path(folder) / GROUP, layout, orders)
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(Path(folder).rglob("*"))
-            if path.name == NAME or path == Path(folder) / LEVELS
-        }
+    files: dict[str, Any] = {}
+    create_group(MemoryStore(files), layout, orders)
+    return {
+        f"{GROUP}/{name}": files[name].to_bytes()
+        for name in sorted(files)
+        if name.endswith(NAME) or f"{GROUP}/{name}" == LEVELS
+    }
 
 
 def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, str]:
@@ -67,7 +68,7 @@ def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, 
 
 
 def require_metadata(root: Path, layout: Layout, orders: IdOrders) -> None:
-    """Refuses a group that zarr-python would write with other dtypes, shapes or codecs.
+    """Refuses a group that zarr-python would read with other dtypes, shapes or codecs.
 
     Raises:
         CorruptShard: names the first file that is altered or missing.

@@ -143,6 +143,25 @@ def _put(out: AnyArray, scored: Bool, rows: AnyArray) -> None:
     out[...] = dense.T
 
 
+def require_codes(layout: Layout, orders: IdOrders, arrays: Mapping[str, AnyArray]) -> None:
+    """Refuses codes that stand for nothing, summed without a limit: what `verify --deep` asks.
+
+    Raises:
+        IndexError: of which array, and what.
+    """
+    limits = {"id_class": (arrays["id_class"], len(orders.near))}
+    for name in ("head_ids", "draw_ids"):
+        if name in arrays:
+            limits[name] = (arrays[name].sum(1, dtype=np.int64), orders.stride)
+    codec = layout.codecs.logprobs
+    if isinstance(codec, CubeRoot):
+        level = arrays["head_logprobs"].astype(np.int64) + arrays["head_floor"][:, None]
+        limits["head_logprobs"] = (level, len(codec.levels))
+    for name, (codes, limit) in limits.items():
+        if codes.size and int(codes.max()) >= limit:
+            raise IndexError(f"{name}: {int(codes.max())}, there are {limit}")
+
+
 class NotesDecoder:
     """Turns one cache's integer arrays back into notes.
 
@@ -150,6 +169,7 @@ class NotesDecoder:
         layout, orders: of the cache.
 
     Every method raises IndexError where a code stands for nothing, which only a writer's mistake makes.
+    Sums beyond 16 bits wrap and may go unseen here: `require_codes` finds them, too.
     """
 
     def __init__(self, layout: Layout, orders: IdOrders) -> None:
@@ -202,8 +222,11 @@ class NotesDecoder:
     def _ids_of(self, gaps: AnyArray, classes: AnyArray) -> Int32:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""
         sum_gaps(gaps)
-        if gaps.size and int(gaps.max()) >= self._orders.stride:
-            raise IndexError(f"rank {int(gaps.max())} of {self._orders.stride}")
+        stride, count = self._orders.stride, len(self._orders.near)
+        if gaps.size and (int(gaps.max()) >= stride or int(classes.max()) >= count):
+            raise IndexError(
+                f"rank {int(gaps.max())} of {stride}, class {int(classes.max())} of {count}"
+            )
         index = empty(gaps.shape, np.uint32)
         first = classes.astype(np.uint32) * np.uint32(self._orders.stride)
         np.add(gaps, first[:, None], out=index)

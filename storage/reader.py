@@ -7,6 +7,8 @@ times slower; here a missing chunk raises. Equality with zarr-python is tested.
 from __future__ import annotations
 
 import os
+import resource
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +37,7 @@ from storage.types import (
 )
 from storage.writer import open_cache, owners
 
-_OPEN_SHARDS = 256  # file descriptors a reader keeps
+_LEAST_OPEN, _MOST_OPEN = 16, 1 << 16  # shards of a reader, descriptors of a process
 _MANIFESTS = 4096  # that it remembers: a few kB each
 
 
@@ -86,6 +88,7 @@ class CacheReader:
         self._vouched: OrderedDict[int, Manifest] = OrderedDict()
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()
+        _READERS.add(self)
 
     def array(self, name: str, block_ids: Int64) -> AnyArray:
         """Returns one array's blocks as stored (encoded), [n, …], in the order asked for.
@@ -146,9 +149,12 @@ class CacheReader:
             return self._shards[key]
         spec = self._specs[name]
         path = shard_name(name, part, len(spec.shape))
-        shard = Shard(self.root / path, spec, part, self._part(part).objects[path])
+        vouched = self._part(part)
+        if path not in vouched.objects:
+            raise self._wrong_part(part, f"{path} in its manifest", "no such file")
+        shard = Shard(self.root / path, spec, part, vouched.objects[path])
         self._shards[key] = shard
-        if len(self._shards) > _OPEN_SHARDS:
+        while len(self._shards) > max_open():
             self._shards.popitem(last=False)
         return shard
 
@@ -182,6 +188,10 @@ class CacheReader:
                 f"part {part} of teacher {self.name!r} is not done", where=self.root,
                 todo="run `scholiast cache-teachers`",
             )  # fmt: skip
+        first, last = self.layout.part_range(part)
+        if (vouched.first_block, vouched.blocks) != (first, last - first):
+            stated = f"{vouched.blocks} blocks from {vouched.first_block}"
+            raise self._wrong_part(part, f"{last - first} blocks from {first}", stated)
         if vouched.carry.get("orders") != self._orders:
             raise CorruptShard(
                 f"part {part} of teacher {self.name!r} was written with other orders of ids",
@@ -189,6 +199,22 @@ class CacheReader:
                 found=self._orders[:16], todo="run `scholiast repair`",
             )  # fmt: skip
         return vouched
+
+    def _wrong_part(self, part: int, expected: str, found: str) -> CorruptShard:
+        return CorruptShard(
+            f"the manifest of part {part} of teacher {self.name!r} is of another part",
+            where=manifest.path_of(self.root, part, self._owners.of(part)), expected=expected,
+            found=found, todo="run `scholiast repair`",
+        )  # fmt: skip
+
+
+_READERS: weakref.WeakSet[CacheReader] = weakref.WeakSet()
+
+
+def max_open() -> int:
+    """Returns how many shards a reader keeps open: its share of half of the process's descriptors."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(_LEAST_OPEN, min(allowed, _MOST_OPEN) // 2 // max(1, len(_READERS)))
 
 
 def _wanted(

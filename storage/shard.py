@@ -9,6 +9,7 @@ where a block has several; both are tested.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -49,17 +50,25 @@ class Shard:
             self._fd = open_object(path, *vouched)
         except FileNotFoundError:
             raise MissingShard("a shard is missing", where=path, todo=self._todo) from None
-        entries = spec.chunks_per_shard
+        self._index = self._read_index(spec.chunks_per_shard)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "_fd"):
+            close(self._fd)  # at exit the module `os` may be gone
+
+    def _read_index(self, entries: int) -> list[int]:
+        """Returns offset and bytes of each chunk, in turn; all lie before the index."""
         size = 16 * entries + 4
-        tail = os.pread(self._fd, size, max(0, os.fstat(self._fd).st_size - size))
-        if len(tail) != size:
+        begin = os.fstat(self._fd).st_size - size
+        tail = os.pread(self._fd, size, max(0, begin))
+        if begin < 0 or len(tail) != size:
             raise self._corrupt("a shard is shorter than its index")
         self._check(tail, "a shard's index")
-        self._index: list[int] = np.frombuffer(tail, "<u8", 2 * entries).tolist()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        index = np.frombuffer(tail, "<u8", 2 * entries).reshape(-1, 2)
+        known = index[index[:, 0] != _MISSING]
+        if (known > begin).any() or (known.sum(1) > begin).any():
+            raise self._corrupt("a shard's index names bytes that are not there")
+        return [int(number) for number in index.reshape(-1)]
 
     def read_into(self, block: int, out: AnyArray) -> None:
         """Decodes a block's chunks into `out`, C-contiguous, of the array's dtype and inner shape.
@@ -84,9 +93,12 @@ class Shard:
             self._decode(data, rows[c])
 
     def _decode(self, data: bytes, out: AnyArray) -> None:
-        progress = standalone.simple_decompress_into(data, out)  # ends at pcodec's own mark
-        if progress.n_processed != out.size:
-            raise self._corrupt("a chunk holds fewer values than its shape")
+        try:
+            progress = standalone.simple_decompress_into(data, out)  # ends at pcodec's own mark
+        except RuntimeError as error:
+            raise self._corrupt(f"a chunk cannot be decompressed: {error}") from error
+        if progress.n_processed != out.size or not progress.finished:
+            raise self._corrupt("a chunk holds another number of values than its shape")
 
     def _check(self, data: bytes, what: str) -> None:
         if google_crc32c.value(data) != _RESIDUE:
@@ -96,13 +108,12 @@ class Shard:
         return CorruptShard(what, where=self.path, todo=self._todo)
 
 
-def write_shard(path: Path, spec: ArraySpec, first: int, data: AnyArray) -> None:
-    """Writes a shard of some blocks, chunk after chunk, and makes it durable.
+def write_shard(path: Path, spec: ArraySpec, data: AnyArray) -> None:
+    """Writes a shard of its first blocks, chunk after chunk, and makes it durable.
 
     Args:
         path: of the shard, which must not exist.
-        first: index within the shard of data's first block; blocks not given are missing in it.
-        data: [n, …] of the array's dtype and inner shape.
+        data: [n, …] of the array's dtype and inner shape; blocks beyond are missing in the shard.
 
     Raises:
         OSError: as the file system says.
@@ -110,7 +121,7 @@ def write_shard(path: Path, spec: ArraySpec, first: int, data: AnyArray) -> None
     codec, per_block = pcodec(), spec.chunks_per_block
     index = np.full((spec.chunks_per_shard, 2), _MISSING, "<u8")
     with open(path, "xb") as file:
-        for block, values in enumerate(data, first):
+        for block, values in enumerate(data):
             for c, chunk in enumerate(np.ascontiguousarray(values).reshape(per_block, -1)):
                 body = codec.encode(chunk)
                 index[block * per_block + c] = file.tell(), len(body) + 4

@@ -26,6 +26,7 @@ from storage.fingerprint import file_sha256
 from storage.layout import GROUP
 from storage.manifest import Manifest
 from storage.metadata import LEVELS
+from storage.notes import require_codes
 from storage.reader import CacheReader
 from storage.stores import (
     BEGUN,
@@ -44,7 +45,7 @@ _OTHERS = {CACHE: {"log.jsonl"}, CORPUS: {BEGUN}}
 _WINDOW = 256  # parts whose manifests are held at once
 _DEEP_BLOCKS = 8  # blocks decoded at once
 _OBJECT = re.compile(rf"{re.escape(GROUP)}/[^/]+/c/(\d+)(/0)*|blocks/(\d{{6,}})\.arrow")
-_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$")
+_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$|^\.commit\.lock$")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _check_manifest(store: Store, part: int) -> tuple[Manifest | None, list[Prob
         return None, [Problem(part, path, error.what, "redo")]
     if store.owners is None or found.fingerprint != store.owners.of(part):
         what = f"the part was made from something else: fingerprint {found.fingerprint[:16]}"
-        return found, [Problem(part, path, what, "none")]
+        return None, [Problem(part, path, what, "none")]
     known = store.layout or store.info
     first, last = known.part_range(part) if known else (found.first_block, None)
     if store.orders is not None and found.carry.get("orders") != digest(store.orders):
@@ -161,7 +162,7 @@ def _check_manifest(store: Store, part: int) -> tuple[Manifest | None, list[Prob
         or found.blocks != (last - first if last is not None else found.blocks)
         or set(found.objects) != (set(found.objects) if named is None else named)
     ):
-        plain = [Problem(part, path, "the manifest is of another part", "redo")]
+        return None, [Problem(part, path, "the manifest is of another part", "redo")]
     return found, plain
 
 
@@ -192,7 +193,9 @@ def _decode(store: Store, part: int) -> Problem | None:
             return _decode_corpus(store, part)
         reader = CacheReader(store.root)
         for start in range(first, last, _DEEP_BLOCKS):
-            notes = reader.read(np.arange(start, min(start + _DEEP_BLOCKS, last)))
+            blocks = np.arange(start, min(start + _DEEP_BLOCKS, last))
+            require_codes(reader.layout, reader.orders, reader.packed(blocks))
+            notes = reader.read(blocks)
             ids = notes.head.ids
             if ids.min() < 0 or ids.max() >= reader.layout.vocab_size:
                 return Problem(part, store.path(part), "an id lies outside the vocabulary", "redo")

@@ -1,8 +1,8 @@
 """A part of blocks → its shards → its manifest.
 
 A part's shards are written in a folder of the writer's own, and hashed there; then all are moved to
-their places under one lock and vouched for. Two writers of one part are wasteful and harmless: the
-files are those of one of them, whatever device each had.
+their places under one lock and vouched for. Two writers of one part are wasteful and harmless: the part
+is that of whoever commits first, whatever device each had, and is never touched again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from storage import durable, manifest
@@ -31,6 +31,8 @@ from storage.remote import Root
 from storage.shard import write_shard
 from storage.tables import digest, load_orders, save_spares
 from storage.types import AnyArray
+
+LOCK = ".commit.lock"
 
 
 def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
@@ -129,7 +131,7 @@ class CacheWriter:
             save_spares(root)
             if grown:
                 _grow_group(root, layout, self.orders)
-        require_metadata(root, layout, self.orders)  # or zarr would write as the altered ones say
+        require_metadata(root, layout, self.orders)  # or other readers would be told lies
         self._carry = {"orders": digest(self.orders)}
         save_info(root, identity, layout)
 
@@ -138,6 +140,9 @@ class CacheWriter:
 
         Args:
             arrays: every array of the layout, as stored (encoded), [blocks of the part, …].
+
+        Returns:
+            Its manifest; where another writer was quicker, that one's.
 
         Raises:
             DiskFull: nothing is committed.
@@ -159,26 +164,30 @@ class CacheWriter:
             with durable.disk_errors(self.root):
                 for (name, spec), path in zip(specs.items(), names, strict=True):
                     (private / path).parent.mkdir(parents=True)
-                    start = first - part * self.layout.blocks_per_part
-                    write_shard(private / path, spec, start, arrays[name])
+                    write_shard(private / path, spec, arrays[name])
                 done = manifest.Manifest(
                     self._owners.of(part), part, first, last - first,
                     manifest.describe(private, names), self._carry,
                 )  # fmt: skip
-                self._commit(private, names, done)
+                return self._commit(private, names, done)
         finally:
             shutil.rmtree(private, ignore_errors=True)
-        return done
 
-    def _commit(self, private: Path, names: list[str], done: manifest.Manifest) -> None:
+    def _commit(
+        self, private: Path, names: list[str], done: manifest.Manifest
+    ) -> manifest.Manifest:
         """Moves a part's shards to their places and writes its manifest, one writer at a time."""
-        with durable.alone(self.root):
+        with durable.alone(self.root / LOCK):
+            standing = manifest.load(self.root, done.part, done.fingerprint)
+            if standing is not None:
+                return standing
             for path in names:
                 (self.root / path).parent.mkdir(parents=True, exist_ok=True)
                 (private / path).replace(self.root / path)
-            for path in names:
-                _fsync_folders(self.root, self.root / path)
+            for folder in {up for path in names for up in PurePosixPath(path).parents}:
+                durable.fsync_folder(self.root / folder)
             manifest.save(self.root, done)
+        return done
 
 
 def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:
@@ -229,18 +238,11 @@ def _grow_group(root: Path, layout: Layout, orders: IdOrders) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fsync_folders(root: Path, path: Path) -> None:
-    for folder in path.parents:
-        durable.fsync_folder(folder)
-        if folder == root:
-            return
-
-
 def _make_group(root: Path, layout: Layout, learn: Callable[[], IdOrders]) -> None:
     """Creates the group under another name and renames it, so that no one sees half of it."""
     if (root / GROUP).exists():
         return
-    root.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(root)
     temporary = root / f".{GROUP}.{uuid.uuid4().hex}.tmp"
     try:
         create_group(temporary, layout, learn())

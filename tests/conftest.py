@@ -90,7 +90,7 @@ def build_parts(root: Path) -> None:
 
 def digests(root: Path) -> dict[str, str]:
     """Content of every file that is part of a result (measurements and temporaries are not)."""
-    skipped = ("log.jsonl", "hashes.json")
+    skipped = ("log.jsonl", "hashes.json", ".commit.lock")
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))

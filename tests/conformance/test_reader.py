@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import shutil
 import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from pcodec import ChunkConfig, standalone
 
 from storage import manifest
 from storage.codec import PRESETS, FixedPoint, from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache, MissingShard, StaleCache
-from storage.fingerprint import fingerprint
+from storage.fingerprint import canonical_json, fingerprint
 from storage.layout import GROUP, Layout, create_group, order_names, quiet_zarr, shard_name
 from storage.lookup import Table
-from storage.notes import encode_rows
+from storage.notes import encode_rows, sum_gaps
 from storage.orders import IdOrders, learn_orders
-from storage.reader import CacheReader
+from storage.reader import CacheReader, max_open
 from storage.shard import Shard
 from storage.tables import restore
 from storage.types import LOG_ZERO, AnyArray, Bool, HostNotes
@@ -298,6 +302,85 @@ def test_two_writers_of_other_bits_never_mix(root: Path) -> None:
         )
         report = verify(root)
         assert report.sound and not report.leftovers
+
+
+def test_a_finished_part_is_never_replaced(tmp_path: Path) -> None:
+    """Who comes second, with other bits, leaves the first one's part; nothing of theirs stays."""
+    writer = CacheWriter(tmp_path, IDENTITY, LAYOUT, some_orders)
+    first = writer.write_part(0, random_part(LAYOUT, 0, writer.orders))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert writer.write_part(0, random_part(LAYOUT, 1, writer.orders)) == first
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def with_manifest(root: Path, part: int, **changes: object) -> None:
+    """Writes a part's manifest anew, its own checksum right."""
+    path = manifest.path_of(root, part, fingerprint(IDENTITY))
+    body = {**json.loads(path.read_bytes()), **changes}
+    del body["sha256"]
+    path.write_bytes(canonical_json({**body, "sha256": fingerprint(body)}))
+
+
+@pytest.mark.parametrize("changes", [{"blocks": 2}, {"first_block": 1}, {"objects": {}}])
+def test_a_manifest_of_another_range_or_of_nothing_is_refused(
+    root: Path, changes: dict[str, object]
+) -> None:
+    with_manifest(root, 0, **changes)
+    with pytest.raises(CorruptShard, match="is of another part"):
+        CacheReader(root).read(np.array([0]))
+
+
+def crc32c(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    ("chunk", "entry", "message"),
+    [
+        (b"junk and more of it", None, "cannot be decompressed"),
+        (bytes(4), None, "cannot be decompressed"),
+        (standalone.simple_compress(np.zeros(385, np.uint16), ChunkConfig()), None, "another number"),
+        (standalone.simple_compress(np.zeros(383, np.uint16), ChunkConfig()), None, "another number"),
+        (standalone.simple_compress(np.zeros(384, np.uint32), ChunkConfig()), None, "decompressed"),
+        (b"", (2**63, 9), "bytes that are not there"),
+        (b"", (0, 2**40), "bytes that are not there"),
+        (b"", (3, 2**64 - 2), "bytes that are not there"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_was_written_wrong_is_refused(
+    tmp_path: Path, chunk: bytes, entry: tuple[int, int] | None, message: str
+) -> None:
+    """Its checksums are right."""
+    spec, data = LAYOUT.arrays()["entropy"], chunk + crc32c(chunk)
+    pair = (0, len(data)) if entry is None else entry
+    index = np.array([pair, *[(2**64 - 1,) * 2] * (spec.chunks_per_shard - 1)], "<u8").tobytes()
+    (tmp_path / "shard").write_bytes(data + index + crc32c(index))
+    with pytest.raises(CorruptShard, match=message):
+        Shard(tmp_path / "shard", spec, 0).read_into(0, np.empty(384, np.uint16))
+
+
+def test_readers_share_the_descriptors_of_the_process(root: Path) -> None:
+    """Many shards are read with few descriptors, and what is read is the same."""
+    expected = CacheReader(root).read(np.arange(7))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        readers = [CacheReader(root) for _ in range(6)]
+        assert 16 <= max_open() <= 128 // 6
+        for _ in range(2):
+            found = [reader.read(np.arange(7)) for reader in readers]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(np.array_equal(f.head.ids, expected.head.ids) for f in found)
+    assert all(len(reader._shards) <= 128 // 6 for reader in readers)
+
+
+@pytest.mark.parametrize("k", [1, 5, 8, 9, 16, 23, 64])
+def test_sums_of_gaps_are_running_sums(k: int) -> None:
+    gaps = np.random.default_rng(k).integers(0, 900, (2, k, 11)).astype(np.uint16)
+    expected = np.cumsum(gaps, 1, dtype=np.uint16)
+    sum_gaps(gaps)
+    assert np.array_equal(gaps, expected)
 
 
 def test_part_is_not_read_with_other_orders(root: Path, tmp_path: Path) -> None:

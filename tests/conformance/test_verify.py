@@ -305,6 +305,40 @@ def test_manifest_of_another_part_is_found(run: Path) -> None:
     assert [p.part for p in problems] == [1] and problems[0].mend == "redo"
 
 
+def altered(path: Path, **changes: Any) -> None:
+    """Writes a manifest anew, its own checksum right."""
+    body = {**json.loads(path.read_bytes()), **changes}
+    del body["sha256"]
+    path.write_bytes(canonical_json({**body, "sha256": fingerprint(body)}))
+
+
+@pytest.mark.parametrize("name", ["../precious", "/precious", "a/../../precious"])
+def test_a_manifest_reaches_nothing_outside_its_folder(run: Path, name: str) -> None:
+    precious = run / "cache" / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    path = min((run / "cache/one/manifests").iterdir())
+    if name.startswith("/"):
+        name = str(precious)
+    altered(path, objects={name: [4, "0" * 64]})
+    report = verify(run / "cache/one")
+    assert [p.what for p in report.problems] == ["a manifest names a file outside its folder"]
+    repair(report, clean=True)
+    assert (precious / "file").read_text() == "mine" and not path.exists()
+
+
+def test_a_damaged_part_of_something_else_is_not_touched(run: Path) -> None:
+    path = min((run / "cache/one/manifests").iterdir())
+    altered(path, fingerprint="f" * 64)
+    shard = run / "cache/one/notes.zarr/entropy/c/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    report = verify(run / "cache/one")
+    assert [p.mend for p in report.problems] == ["none"]
+    before = digests(run)
+    repair(report)
+    assert digests(run) == before
+
+
 def test_part_that_was_written_wrong_is_found_by_decoding(run: Path) -> None:
     """sha256 vouches for what was written, not that it was right: another array's shard, say."""
     root = run / "cache/one"

@@ -72,6 +72,23 @@ def test_subset_of_teachers_and_of_entries(lab: Lab, cli: Any) -> None:
     assert batch.target.ids.shape[-1] == 3
 
 
+@pytest.mark.parametrize("bare", ["one", "two"])
+def test_a_teacher_without_features_has_no_segments_to_disagree_about(lab: Lab, bare: str) -> None:
+    """Its segments count the fused weights of the others' features all the same."""
+    lab.config["teachers"][bare]["feature_layers"] = []
+    other = {"one": "two", "two": "one"}[bare]
+    lab.config["loss"]["features"]["pairs"] = [{"student": 1, "teacher": {other: 2}}]
+    work = lab.workspace(store__segments=2)
+    work.cache_teachers()
+    batch = work.batch_reader().read(np.array([0, 1]))
+    assert [tuple(f.shape[:2]) for f in batch.features.values()] == [(2, 2)]
+    assert {name: tuple(w.shape) for name, w in batch.segment_weights.items()} == {
+        "one": (2, 2), "two": (2, 2),
+    }  # fmt: skip
+    work.train_students()
+    assert all(np.isfinite(losses(lab, "fused")))
+
+
 @pytest.mark.parametrize(
     ("fusion", "store", "message"),
     [

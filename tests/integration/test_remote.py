@@ -244,17 +244,36 @@ def test_parts_are_fetched_before_they_are_read(in_memory: Lab, tmp_path: Path) 
     reader = far(in_memory, tmp_path / "fetched", "memory://lab").batch_reader()
     fetcher = Prefetcher(reader, order_of(reader), 2)
     fetcher.ahead_of(Position())
-    fetcher._pool.shutdown()  # type: ignore[union-attr]
-    objects = 0
+    objects, deadline = 0, time.monotonic() + 60
     for source in (reader.corpus, *reader.caches.values()):
         owner = getattr(source, "identity", reader.corpus.info.identity)
         for part in order_of(reader).upcoming(Position(), 65):
             vouched = manifest.load(source.root, part, fingerprint(owner))
             for size, digest in vouched.objects.values():  # type: ignore[union-attr]
                 copy = tmp_path / "fetched" / digest[:2] / digest
+                while not copy.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 assert copy.stat().st_size == size
                 objects += 1
+    fetcher.close()
     assert objects > 100
+
+
+def test_no_more_is_fetched_ahead_than_the_local_cache_holds(
+    in_memory: Lab, tmp_path: Path
+) -> None:
+    """Not even before anything tells how large a part is."""
+    work = far(in_memory, tmp_path / "fetched", "memory://lab")
+    reader, fetched = work.batch_reader(), list[int]()
+    for source in (reader.corpus, *reader.caches.values()):
+        source.root.cache.limit = 100  # type: ignore[union-attr]
+        source.fetch = lambda part: fetched.append(part) or 5  # type: ignore[method-assign,assignment]
+    fetcher = Prefetcher(reader, order_of(reader), 2)
+    fetcher.ahead_of(Position())
+    time.sleep(0.2)
+    fetcher.close()
+    sources = 1 + len(reader.caches)
+    assert len(set(fetched)) == max(2, 100 // 2 // (5 * sources))
 
 
 def test_local_folders_are_not_copied(lab_of_caches: Lab, tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def test_listing_passes_over_foreign_names_and_sorts_by_number(tmp_path: Path) -
     assert listed.prefixes.tolist() == [b"00000000000b", b"00000000000a", b"00000000000a"]
 
 
+@pytest.mark.parametrize("name", ["0000001-0123456789ab.json", f"{10**19}-0123456789ab.json"])
+def test_only_the_one_way_to_write_a_number_is_a_manifests_name(name: str) -> None:
+    assert not len(manifest.parse_names([name]))
+
+
 def test_one_foreign_part_among_many_is_refused_with_both_sides(tmp_path: Path) -> None:
     ours, theirs = "a" * 64, "b" * 64
     (tmp_path / "manifests").mkdir()

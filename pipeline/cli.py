@@ -29,7 +29,7 @@ class ScholiastGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         self._debug = "--debug" in (kwargs.get("args") or sys.argv)
-        _allow_open_files()
+        allow_open_files()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -57,7 +57,7 @@ class ScholiastGroup(click.Group):
                 ctx.obj.stop_bar()
 
 
-def _allow_open_files() -> None:
+def allow_open_files() -> None:
     """Takes as many descriptors as the system allows: readers keep a shard of each array open, of each
     part in the order's window and each teacher, and the usual 1,024 would have them opened again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

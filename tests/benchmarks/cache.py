@@ -4,7 +4,8 @@
 
 Method. Data: SmolLM2-135M's notes on 131,072 tokens of two domains (notes.py), K = 64 without draws and
 16 with 16 draws, temperatures 1.5 and 2 in the grid. Every preset is written as stage one writes it, in
-blocks of 1,024 tokens and parts of 64 blocks, its orders of ids learned from 16,384 of the tokens.
+blocks of 1,024 tokens and parts of 64 blocks, its orders of ids learned from 16,384 of the tokens; once
+also in 64 parts of 2 blocks, as many as training reads side by side.
 Bytes a token count every file of the cache: arrays, shard indices, orders and their spare copies, Zarr
 metadata, cache.json, manifests. Baselines count their encoded bytes alone.
 
@@ -38,6 +39,7 @@ import numpy as np
 from baselines import BASELINES, Array, Baseline
 from notes import LENGTH, TEMPERATURES, len_of_tokenizer, load
 
+from pipeline.cli import allow_open_files
 from storage.layout import GROUP, Layout, quiet_zarr
 from storage.notes import encode_rows
 from storage.orders import learn_orders
@@ -47,10 +49,11 @@ from storage.writer import CacheWriter
 
 PART, LEARN, ROUNDS, BATCH, TEACHERS = 64, 16_384, 5, 4, 3
 PRESETS = (
-    ("balanced", 64, 0, TEMPERATURES),
-    ("exact", 64, 0, TEMPERATURES),
-    ("compact", 16, 16, TEMPERATURES),
-    ("compact, temperature 1 only", 16, 16, ()),
+    ("balanced", 64, 0, TEMPERATURES, PART),
+    ("balanced, in 64 parts", 64, 0, TEMPERATURES, 2),
+    ("exact", 64, 0, TEMPERATURES, PART),
+    ("compact", 16, 16, TEMPERATURES, PART),
+    ("compact, temperature 1 only", 16, 16, (), PART),
 )
 MISSING = 1e-6
 
@@ -198,10 +201,10 @@ def readings(roots: list[Path], layout: Layout) -> dict[str, Callable[[], int]]:
 
 def preset_rows(folder: Path) -> Iterator[dict[str, Any]]:
     vocab = len_of_tokenizer(folder / "assets")
-    for name, k, draws, grid in PRESETS:
+    for name, k, draws, grid, part in PRESETS:
         notes = load(folder / "assets", k, draws)
         layout = Layout(
-            len(notes.ids) // LENGTH, PART, LENGTH, vocab, name.split(",")[0], k, grid, (), 1, 0,
+            len(notes.ids) // LENGTH, part, LENGTH, vocab, name.split(",")[0], k, grid, (), 1, 0,
             draws=draws,
         )  # fmt: skip
         roots = [folder / "caches" / f"{name}-{i}" for i in range(TEACHERS)]
@@ -271,6 +274,7 @@ def main() -> None:
     notes = load(folder / "assets", 64, 0)
     print(__doc__)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    allow_open_files()  # as the command line does
     rows = [*preset_rows(folder), *(baseline_row(baseline, notes) for baseline in BASELINES)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cache.json").write_text(json.dumps(rows, indent=1))

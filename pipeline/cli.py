@@ -73,7 +73,7 @@ def _message(error: Exception) -> str:
         return (
             "the device's memory is exhausted\n"
             "  to do:     lower teachers.NAME.batch_blocks or train.batch_blocks (and raise "
-            "train.accumulate),\n             store.chunk_tokens or loss.chunk_tokens, or set "
+            "train.accumulate),\n             store.chunk_tokens or loss.chunk_bytes, or set "
             "train.gradient_checkpointing: true"
         )
     if isinstance(error, OSError):

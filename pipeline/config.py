@@ -92,6 +92,7 @@ class RunConfig(Options):
                 f"loss.temperature {self.loss.temperature} is neither 1 nor in store.temperatures "
                 f"{list(self.store.temperatures)}: the caches could not serve it"
             )
+        self.loss.tail(self.store.drawn)
         unknown = sorted(set(self.fusion.teachers or ()) - set(self.teachers))
         if unknown or self.fusion.teachers == ():
             raise ValueError(

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from stages.train_student import Run
 
 FUSED, BASELINE, BEFORE = "fused", "cross_entropy", "before"
+_MEASURED = (
+    "temperature", "divergence", "beta", "skew", "target", "chunk_tokens", "chunk_bytes",
+)  # fmt: skip
+"""Keys of `loss` that decide what KD is, whatever its share."""
 
 
 class Workspace:
@@ -136,10 +140,9 @@ class Workspace:
         heldout, train = info.block_ids("heldout"), info.ranges("train")
         losses = {FUSED: config.loss}
         if config.train.baseline:
+            # Trained on gold tokens alone; measured, while it trains, as the fused student is.
             losses[BASELINE] = LossOptions(
-                alpha=0.0,
-                temperature=config.loss.temperature,
-                chunk_tokens=config.loss.chunk_tokens,
+                alpha=0.0, **config.loss.model_dump(include=set(_MEASURED))
             )
         runs = {}
         for name, loss in losses.items():
@@ -240,7 +243,7 @@ class Workspace:
         }
         return BatchReader(
             BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion,
-            on_device,
+            on_device, config.loss.tail(config.store.drawn),
         )  # fmt: skip
 
     def _feature_layers(self) -> dict[str, tuple[int, ...]]:

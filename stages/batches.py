@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.decode import DeviceDecoder, bfloat16
 from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
-from stages.options import FusionOptions
+from stages.options import FusionOptions, Tail
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache
 from storage.reader import CacheReader
@@ -90,10 +90,12 @@ class BatchReader:
         temperature: of the fused target.
         options: how the teachers are weighted.
         on_device: leave the decoding to `ready`, on the training device.
+        tail: what stands for the tail; draws where there are any, else the bucket, if not given.
 
     Raises (on construction):
         StaleCache: a cache belongs to another corpus.
-        ConfigError: a smaller head is to be decoded on the device.
+        ConfigError: a smaller head is to be decoded on the device, or draws are wanted of a cache
+            without.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class BatchReader:
         temperature: float,
         options: FusionOptions,
         on_device: bool = False,
+        tail: Tail | None = None,
     ) -> None:
         for name, cache in caches.items():
             if on_device and cache.k != cache.layout.k:
@@ -116,10 +119,16 @@ class BatchReader:
                     expected=corpus.info.fingerprint[:16], found=cache.identity["corpus"][:16],
                     todo="run `scholiast cache-teachers` with another cache_dir",
                 )  # fmt: skip
+            if tail == "draws" and not cache.layout.draws:
+                raise ConfigError(
+                    f"the cache of teacher {name!r} holds no draws", where="loss.target",
+                    expected="auto, bucket, renormalised or residual", found=tail,
+                    todo="choose one of these, or set store.draws and cache again",
+                )  # fmt: skip
         _require_alike(caches)
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
-        self._on_device = on_device
+        self._on_device, self._tail = on_device, tail
         self._decoders: dict[str, DeviceDecoder] = {}
 
     def read(self, block_ids: Int64) -> Batch:
@@ -187,8 +196,9 @@ class BatchReader:
         layout = next(iter(self.caches.values())).layout
         segments = next((c.layout.segments for c in self.caches.values() if c.layers), 1)
         target = fuse(
-            rows, layout.temperatures, self.corpus.info.vocab_size, self._temperature, self._options
-        )
+            rows, layout.temperatures, self.corpus.info.vocab_size, self._temperature,
+            self._options, self._tail, batch.gold,
+        )  # fmt: skip
         weights = {
             name: segment_means(row, batch.scored, segments)
             for name, row in zip(rows, target.weights, strict=True)

@@ -1,16 +1,9 @@
-"""Head product, cross-entropy and sparse KL a chunk of rows at a time, with their backward.
+"""Head product, cross-entropy and sparse divergence a chunk of rows at a time, with their backward.
 
 From one chunk of logits come both losses and the gradients of hidden states and head, so that
-[B, T, V] never exists and no product is computed twice. The gradient is written down rather than
-traced. With q = softmax(z/τ), p the head of teacher m, t its tail mass and q_t the student's mass
-on the same bucket:
-
-    d/dz_j τ Σ_m w_m KL(t_m‖q) = q_j − Σ_m w_m · (p_mj if j ∈ head_m;  t_m·q_j/q_tm if j is in its
-                                                 bucket;  0 if j is padding)
-
-that is, student minus a target whose tails have the student's own shape. Memory: one chunk
-of logits (its gradient overwrites it), what a slice of it needs, and the head's gradient, whatever
-the number of rows. `losses.py` is the reference.
+[B, T, V] never exists and no product is computed twice. What happens to a slice of logits is in
+`chunk_terms.py`. Memory: one chunk of logits (its gradient overwrites it), what a slice of it needs,
+and the head's gradient, whatever the number of rows. `losses.py` is the reference.
 
 Shapes: R rows, C rows of a chunk, D hidden, P logits, V vocabulary, M teachers, K head entries.
 """
@@ -23,27 +16,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.chunk_terms import chunk_terms
+from stages.divergences import Divergence
 from stages.fusion import FusedTarget
 from stages.head import Head, cache_sized, product
+from stages.union import merge
 
-_TINY = 1e-30  # floor of a bucket's unnormalised mass: keeps log and ratio finite in float32
+FORWARD_KL = Divergence()
 
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """Sums over rows; only `total` carries a gradient.
+    """What R rows cost; only `total` carries a gradient.
 
     Attributes:
         total: ce_scale·ce + kd_scale·kd.
-        ce: Σ −log q(gold), nats.
-        kd: Σ Σ_m w_m KL(t_m‖q) at the target's temperature, nats (0 without a target).
-        correct: number of rows whose most probable id is the gold one.
+        ce_R: −log q(gold) of each row, nats.
+        kd_R: divergence of each row at the target's temperature, nats (0 without a target).
+        correct_R: 1 where the student's most probable id is the gold one, else 0.
+        agreed_R: 1 where it is the fused target's most probable one, else 0.
     """
 
     total: Tensor
-    ce: Tensor
-    kd: Tensor
-    correct: Tensor
+    ce_R: Tensor
+    kd_R: Tensor
+    correct_R: Tensor
+    agreed_R: Tensor
+
+    @property
+    def ce(self) -> Tensor:
+        """Σ −log q(gold), nats, in float64 as every sum here."""
+        return self.ce_R.sum(dtype=torch.float64)
+
+    @property
+    def kd(self) -> Tensor:
+        """Σ divergence, nats."""
+        return self.kd_R.sum(dtype=torch.float64)
+
+    @property
+    def correct(self) -> Tensor:
+        """Number of rows whose most probable id is the gold one."""
+        return self.correct_R.sum(dtype=torch.float64)
+
+    @property
+    def agreed(self) -> Tensor:
+        """Number of rows whose most probable id is the fused target's."""
+        return self.agreed_R.sum(dtype=torch.float64)
+
+
+def chunk_rows(logits: int, budget_bytes: int, tokens: int | None = None) -> int:
+    """Returns C: `tokens` if given, else the rows of float32 logits that fit, at least 1.
+
+    Args:
+        logits: P.
+        budget_bytes: of one chunk.
+    """
+    return max(1, budget_bytes // (4 * logits)) if tokens is None else tokens
 
 
 def chunked_loss(
@@ -54,6 +82,7 @@ def chunked_loss(
     ce_scale: float,
     kd_scale: float,
     chunk: int,
+    divergence: Divergence = FORWARD_KL,
 ) -> ChunkedLoss:
     """Returns the losses of R rows.
 
@@ -64,12 +93,14 @@ def chunked_loss(
         target: fused target of the same rows, or None for cross-entropy alone.
         ce_scale, kd_scale: factors of the two sums in `total`.
         chunk: C, at least 1; changes memory, not meaning.
+        divergence: of student from target.
     """
     wanted = torch.is_grad_enabled() and (hidden_RD.requires_grad or head.weight.requires_grad)
-    total, ce, kd, correct = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight, head.bias, head, gold_R, target, (ce_scale, kd_scale), chunk, wanted
-    )
-    return ChunkedLoss(total, ce, kd, correct)
+    total, terms = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_RD, head.weight, head.bias, head, gold_R, target, divergence, (ce_scale, kd_scale),
+        chunk, wanted,
+    )  # fmt: skip
+    return ChunkedLoss(total, *terms)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -82,33 +113,36 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         gold: Tensor,
         target: FusedTarget | None,
+        divergence: Divergence,
         scales: tuple[float, float],
         chunk: int,
         wanted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+        terms = torch.zeros(4, len(hidden), dtype=wide, device=hidden.device)
         grads = _Gradients(hidden, head, wide) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
             logits = head.logits(hidden[start:stop], buffer[: stop - start])
+            union = None if target is None else merge(target.rows(start, stop), wide)
             starts = cache_sized(stop - start, hidden.device)
             for i in starts:
                 rows = slice(start + i, min(start + i + starts.step, stop))
-                part = None if target is None else target.rows(rows.start, rows.stop)
+                part = None if union is None else union.rows(i, i + starts.step)
                 piece = logits[i : i + starts.step]
-                gradient, *terms = chunk_terms(piece, gold[rows], part, *scales, wanted)
-                sums += torch.stack([term.double() for term in terms])
+                gradient, terms[:, rows] = chunk_terms(
+                    piece, gold[rows], part, divergence, *scales, wanted
+                )
                 if gradient is not None:
                     piece.copy_(head.rule.backward_(gradient, piece))
             if grads is not None:
                 grads.add(start, stop, logits)
         if grads is not None:
             ctx.save_for_backward(*grads.tensors())
-        ce, kd, correct = sums.unbind()
-        ctx.mark_non_differentiable(ce, kd, correct)
-        return (scales[0] * ce + scales[1] * kd).to(wide), ce, kd, correct
+        ctx.mark_non_differentiable(terms)
+        ce, kd = terms[:2].sum(-1, dtype=torch.float64)
+        return (scales[0] * ce + scales[1] * kd).to(wide), terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -117,7 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # Everything is linear in `grad`, which is 1 in a plain step: a pass over [P, D] saved.
         plain = grad.device.type == "cpu" and float(grad) == 1.0
         scaled = [t if plain or t is None else t * grad.to(t.dtype) for t in saved]
-        return (*scaled, *[None] * 6)
+        return (*scaled, *[None] * 7)
 
 
 _KEPT: dict[torch.dtype, Tensor] = {}
@@ -156,93 +190,3 @@ class _Gradients:
         like = self._head.weight
         weight = torch.zeros_like(like) if self.weight is None else self.weight.to(like.dtype)
         return [self.hidden, weight] if self.bias is None else [self.hidden, weight, self.bias]
-
-
-def chunk_terms(
-    logits_CP: Tensor,
-    gold_C: Tensor,
-    target: FusedTarget | None,
-    ce_scale: float,
-    kd_scale: float,
-    wanted: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Returns (d total/d logits [C, P] if wanted, Σ ce, Σ kd, Σ correct) of one chunk."""
-    largest = logits_CP.amax(-1, keepdim=True)
-    gold_logit = logits_CP.gather(-1, gold_C[:, None])
-    correct = (gold_logit == largest).sum()
-    e = (logits_CP - largest).exp_()
-    z = e.sum(-1, keepdim=True)
-    ce = (z.log() + largest - gold_logit).sum()
-    if target is None:
-        gradient = e.mul_(ce_scale / z) if wanted else None
-        kd = ce.new_zeros(())
-    elif target.temperature == 1.0:
-        kd, gradient = _distil(logits_CP, largest, e, z, target, ce_scale, kd_scale, wanted)
-    else:
-        f = ((logits_CP - largest) / target.temperature).exp_()
-        zf = f.sum(-1, keepdim=True)
-        kd, gradient = _distil(
-            logits_CP, largest, f, zf, target, 0.0, kd_scale / target.temperature, wanted
-        )
-        if gradient is not None:
-            gradient.add_(e.mul_(ce_scale / z))
-    if gradient is not None:
-        gradient.scatter_add_(-1, gold_C[:, None], torch.full_like(gold_logit, -ce_scale))
-    return gradient, ce, kd, correct
-
-
-def _distil(
-    logits: Tensor,
-    largest: Tensor,
-    e: Tensor,
-    z: Tensor,
-    target: FusedTarget,
-    a: float,
-    b: float,
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns (Σ kd, gradient a·q + b·(q − target')); `e` = exp((logits − largest)/τ) is consumed."""
-    ids, w, vocab = target.ids, target.weights.to(e.dtype), target.vocab_size
-    scaled = (logits.gather(-1, ids.transpose(0, 1).flatten(1)) - largest) / target.temperature
-    logq = (scaled - z.log()).view(len(logits), len(ids), -1).transpose(0, 1)  # [M, C, K]
-    mass = torch.stack([_outside(e, row, vocab) for row in ids]).clamp_min_(_TINY)
-    tail = target.tail.to(e.dtype)
-    log_tail = torch.where(tail > 0, tail, 1.0).log()
-    bucket = tail * (log_tail - (mass.log() - z[:, 0].log()))
-    p, logp = target.p.to(e.dtype), target.logp.to(e.dtype)
-    kd = (w * ((p * (logp - logq)).sum(-1) + bucket)).sum()
-    if not wanted:
-        return kd, None
-    ratio = w * tail * z[:, 0] / mass  # w_m·t_m/q_tm, [M, C]
-    # Ids of any head are written, not corrected: 1 − ratio may be huge and would cancel.
-    outside = 1.0 - _ratio_outside(ids, ratio)  # [M, C, K]
-    heads = logq.exp() * (a + b * outside)
-    e[:, :vocab].mul_((a + b * (1.0 - ratio.sum(0)))[:, None] / z)
-    e[:, vocab:].mul_((a + b) / z)
-    for row, value in zip(ids, heads, strict=True):
-        e.scatter_(-1, row, value)
-    for row, value in zip(ids, w[..., None] * p, strict=True):
-        e.scatter_add_(-1, row, value * -b)
-    return kd, e
-
-
-def _outside(e: Tensor, ids: Tensor, vocab: int) -> Tensor:
-    """Returns Σ of e over the vocabulary without `ids`, summed directly and not as 1 − head."""
-    kept = e.gather(-1, ids)
-    e.scatter_(-1, ids, 0.0)
-    total = e[:, :vocab].sum(-1)
-    e.scatter_(-1, ids, kept)
-    return total
-
-
-def _ratio_outside(ids: Tensor, ratio: Tensor) -> Tensor:
-    """Returns for each entry (m, c, k) the sum of ratio over the teachers whose head lacks its id."""
-    total = torch.zeros(ids.shape, dtype=ratio.dtype, device=ids.device)
-    for other in range(len(ids)):
-        sorted_ids = ids[other].sort(-1).values
-        for m in range(len(ids)):
-            if m != other:
-                at = torch.searchsorted(sorted_ids, ids[m].contiguous())
-                found = sorted_ids.gather(-1, at.clamp_max(sorted_ids.shape[-1] - 1)) == ids[m]
-                total[m] += ratio[other][:, None] * ~found
-    return total

@@ -32,7 +32,8 @@ def heldout_losses(
         batch_blocks: blocks of one forward.
 
     Returns:
-        domain → {rows, ce, kd (nats a row; at the reader's temperature), perplexity, accuracy}.
+        domain → {rows, ce, kd (nats a row; at the reader's temperature), perplexity, accuracy,
+        agreement (with the fused target's most probable id)}.
     """
     device, training = next(student.parameters()).device, student.training
     student.eval()
@@ -41,11 +42,12 @@ def heldout_losses(
     with torch.no_grad():
         for domain in info.domains:
             mine = block_ids[info.domain_of(block_ids) == info.domains.index(domain)]
-            total = np.zeros(4)
+            total = np.zeros(5)
             for i in range(0, len(mine), batch_blocks):
                 batch = reader.read(mine[i : i + batch_blocks]).to(device)
                 loss = student(batch, batch.rows, 1)
-                total += [batch.rows, float(loss.ce), float(loss.kd), float(loss.correct)]
+                sums_of = (loss.ce, loss.kd, loss.correct, loss.agreed)
+                total += [batch.rows, *map(float, sums_of)]
             if total[0]:
                 sums[domain] = total
     student.train(training)
@@ -53,7 +55,7 @@ def heldout_losses(
 
 
 def _table(sums: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns means by domain and overall from sums [rows, ce, kd, correct]."""
+    """Returns means by domain and overall from sums [rows, ce, kd, correct, agreed]."""
     if not sums:
         return {}
     rows = {**sums, OVERALL: np.sum(list(sums.values()), axis=0)}
@@ -64,8 +66,9 @@ def _table(sums: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             "kd": kd / n,
             "perplexity": math.exp(min(ce / n, 700.0)),
             "accuracy": correct / n,
+            "agreement": agreed / n,
         }
-        for name, (n, ce, kd, correct) in rows.items()
+        for name, (n, ce, kd, correct, agreed) in rows.items()
     }
 
 

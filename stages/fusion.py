@@ -1,9 +1,9 @@
 """M teachers' notes + weights → one fused target for the rows that have one.
 
 Forward KL is linear in the target, so Σ_m w_m KL(t_m‖q) has the gradient of KL(Σ_m w_m t_m‖q), and
-fusing sparse targets is putting their weighted entries side by side. A teacher's tail is one bucket,
-the ids outside that teacher's own head; or, where the cache has draws, it is those draws, which
-estimate each id's probability without bias, and no bucket is left.
+fusing sparse targets is putting their weighted entries side by side. What stands for a teacher's tail
+is one of four: a bucket of the ids outside that teacher's own head; the cache's draws, which estimate
+each id's probability without bias, so that no bucket is left; nothing; or the gold token.
 
 Shapes: M teachers, R rows, K entries (head and draws), S draws.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.options import FusionOptions
+from stages.options import FusionOptions, Tail
 from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes
@@ -138,6 +138,34 @@ def spread_tail(
     return logp, logp.exp()
 
 
+def renormalise(logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Returns (log p', p') of a head scaled to sum to 1, p'_i = p_i^(1/τ) / Σ_head p^(1/τ), [..., K].
+
+    The tail is left out, so the student is taught that it is empty: the bias of every top-k method
+    without a bucket.
+    """
+    unused = logprobs <= LOG_ZERO / 2
+    logp = torch.log_softmax((logprobs / temperature).masked_fill(unused, LOG_ZERO), -1)
+    logp = logp.clamp_min(LOG_ZERO)
+    return logp, logp.exp()
+
+
+def give_to_gold(
+    ids_RK: Tensor, p_RK: Tensor, tail_R: Tensor, gold_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (ids, log p, p), each [R, K + 1]: the head with the tail's mass on the gold token.
+
+    p'_i = p_i + t·[i = gold]. It looks at the gold token: in the tail's share this is cross-entropy.
+    The gold token's own entry takes the mass where the head has it, else the entry that is added.
+    """
+    hit = ids_RK == gold_R[:, None]
+    at = torch.where(hit, p_RK, -1.0).argmax(-1, keepdim=True)  # an id may also fill unused entries
+    inside, tail = hit.any(-1, keepdim=True), tail_R[:, None]
+    p = p_RK.scatter_add(-1, at, torch.where(inside, tail, 0.0))
+    p = torch.cat([p, torch.where(inside, 0.0, tail)], -1)
+    return torch.cat([ids_RK, gold_R[:, None]], -1), p.log().clamp_min(LOG_ZERO), p
+
+
 def rows_of(note: TeacherNotes, scored: Bool) -> NoteRows:
     """Returns the notes on the scored rows of some blocks, on the CPU.
 
@@ -164,6 +192,8 @@ def fuse(
     vocab_size: int,
     temperature: float,
     options: FusionOptions,
+    tail: Tail | None = None,
+    gold_R: Tensor | None = None,
 ) -> FusedTarget:
     """Returns the fused target of some rows, on the device of the notes.
 
@@ -172,26 +202,39 @@ def fuse(
         grid: temperatures whose log_z the caches hold.
         vocab_size: V.
         temperature: wanted.
+        tail: what stands for it; draws if there are any, else the bucket, if not given.
+        gold_R: int64; `residual` alone looks at it.
 
     Raises:
-        ConfigError: the caches cannot serve this temperature, or the weights are unusable.
+        ConfigError: the caches cannot serve this temperature or tail, or the weights are unusable.
     """
     column = temperature_column(temperature, grid)
-    pieces = [_target(note, column, temperature) for note in notes.values()]
+    pieces = [_target(note, column, temperature, tail, gold_R) for note in notes.values()]
     entropy = torch.stack([note.entropy for note in notes.values()])
     weights = WEIGHTINGS[options.weights](entropy, list(notes), options)
-    ids, logp, p, tail = (torch.stack(parts) for parts in zip(*pieces, strict=True))
-    return FusedTarget(ids, logp, p, tail, weights.contiguous(), vocab_size, temperature)
+    ids, logp, p, mass = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+    return FusedTarget(ids, logp, p, mass, weights.contiguous(), vocab_size, temperature)
 
 
 def _target(
-    note: NoteRows, column: int | None, temperature: float
+    note: NoteRows, column: int | None, temperature: float, kind: Tail | None, gold: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns one teacher's (ids, logp, p, tail)."""
     log_z = None if column is None else note.log_z[:, column]
     logp, p, tail = temper(note.logprobs, note.log_tail, log_z, temperature)
-    if note.draw_ids is None:
+    if kind == "renormalised":
+        return note.ids, *renormalise(note.logprobs, temperature), torch.zeros_like(tail)
+    if kind == "residual":
+        assert gold is not None, "residual needs the gold tokens"
+        return *give_to_gold(note.ids, p, tail, gold), torch.zeros_like(tail)
+    if kind == "bucket" or (kind is None and note.draw_ids is None):
         return note.ids, logp, p, tail
+    if note.draw_ids is None:
+        raise ConfigError(
+            "the caches hold no draws", where="loss.target",
+            expected="auto, bucket, renormalised or residual", found=kind,
+            todo="choose one of these, or set store.draws and cache again",
+        )  # fmt: skip
     more = spread_tail(note.draw_ids, note.draw_logprobs, note.log_tail, log_z, temperature)
     return (
         torch.cat([note.ids, note.draw_ids], -1), torch.cat([logp, more[0]], -1),

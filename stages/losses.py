@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as _cross_entropy
 from torch.nn.functional import log_softmax
 
+from stages.divergences import Divergence
 from stages.fusion import FusedTarget
 
 
@@ -40,3 +41,25 @@ def bucket_kl(logits_RP: Tensor, target: FusedTarget) -> Tensor:
         bucket = tail[has_tail] * (tail[has_tail].log() - masked.logsumexp(-1))
         total = total + weight * head.index_add(0, has_tail.nonzero()[:, 0], bucket)
     return total
+
+
+def mixture_divergence(logits_RP: Tensor, target: FusedTarget, divergence: Divergence) -> Tensor:
+    """Returns D(p, q) of each row, nats, [R]: any divergence to the mixture of the teachers.
+
+        categories: each id that is in some head, and one bucket of the other ids of the vocabulary
+        p = Σ_m w_m p_m on the ids, Σ_m w_m t_m on the bucket
+
+    with q = softmax(logits[:V]/τ): padding has no part. What a teacher leaves of an id that only
+    others keep counts to the bucket, as nothing tells it apart.
+    """
+    vocab, shape = target.vocab_size, (len(logits_RP), target.vocab_size)
+    p, kept = logits_RP.new_zeros(shape), torch.zeros_like(logits_RP[:, :vocab], dtype=torch.bool)
+    for ids, mine, weight in zip(target.ids, target.p, target.weights, strict=True):
+        p = p.scatter_add(-1, ids, weight[:, None] * mine)
+        kept = kept.scatter(-1, ids, True)
+    logq = log_softmax(logits_RP[:, :vocab] / target.temperature, dim=-1)
+    each = divergence.terms(p, logq.exp(), logq)[0].masked_fill(~kept, 0.0).sum(-1)
+    log_bucket = logq.masked_fill(kept, -1e30).logsumexp(-1)
+    mass = (target.weights * target.tail).sum(0)
+    bucket = divergence.terms(mass, log_bucket.exp(), log_bucket)[0]
+    return each + bucket.masked_fill(kept.all(-1), 0.0)

@@ -13,8 +13,10 @@ from storage.codec import PRESETS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Tail = Literal["draws", "bucket", "renormalised", "residual"]
 
 
 class Options(BaseModel):
@@ -195,11 +197,62 @@ class LossOptions(Options):
     """total = (1−alpha)·CE + alpha·temperature²·KD + features.weight·features."""
 
     alpha: Fraction = Field(0.9, description="Share of distillation against gold tokens.")
-    temperature: Positive = Field(1.0, description="1, or one of store.temperatures.")
-    features: FeatureOptions = FeatureOptions()
-    chunk_tokens: Count = Field(
-        512, description="Tokens of one chunk of logits; memory, not meaning."
+    alpha_schedule: Literal["constant", "linear", "wsd"] = Field(
+        "constant",
+        description="linear: from alpha to alpha_end; wsd: up from alpha_end, alpha, down again.",
     )
+    alpha_end: Fraction = Field(0.0, description="linear, wsd: share at the end.")
+    alpha_warmup: Fraction = Field(0.1, description="wsd: share of the steps that rise.")
+    alpha_decay: Fraction = Field(0.2, description="wsd: share of the steps that fall.")
+    temperature: Positive = Field(1.0, description="1, or one of store.temperatures.")
+    divergence: Literal["forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl", "tv"] = (
+        Field(
+            "forward_kl",
+            description="Of student and teachers: KL, its reverse, Jensen–Shannon, skewed KL and its "
+            "reverse, total variation.",
+        )
+    )
+    beta: Inside = Field(0.5, description="js: weight of the teachers in the mixture and the sum.")
+    skew: Inside = Field(0.1, description="skew_kl, skew_reverse_kl: λ of the mixture.")
+    target: Literal["auto", "draws", "bucket", "renormalised", "residual"] = Field(
+        "auto",
+        description="What stands for the tail. draws: the cached ones, without bias; bucket: one "
+        "category; renormalised: nothing; residual: the gold token gets its mass; auto: draws if they "
+        "are cached and the divergence is forward_kl, else bucket.",
+    )
+    features: FeatureOptions = FeatureOptions()
+    chunk_tokens: Count | None = Field(
+        None, description="Tokens of one chunk of logits, in place of chunk_bytes."
+    )
+    chunk_bytes: Count = Field(
+        96 * 2**20, description="Memory of one chunk of logits; memory, not meaning."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> LossOptions:
+        if self.divergence != "forward_kl" and self.target not in ("auto", "bucket"):
+            raise ValueError(
+                f"loss.divergence {self.divergence} needs the tail as a bucket: `loss.target` can be "
+                f"auto or bucket, and {self.target} goes with forward_kl alone"
+            )
+        if self.alpha_schedule == "wsd" and self.alpha_warmup + self.alpha_decay > 1:
+            raise ValueError("`alpha_warmup` and `alpha_decay` together exceed the run")
+        return self
+
+    def tail(self, draws: int) -> Tail:
+        """Returns what stands for the tail with a cache of this many draws a token.
+
+        Raises:
+            ValueError: draws are asked for and none are cached.
+        """
+        if self.target == "draws" and not draws:
+            raise ValueError(
+                "loss.target draws, and the caches hold none (store.draws 0): possible are auto, "
+                "bucket, renormalised and residual"
+            )
+        if self.target != "auto":
+            return self.target
+        return "draws" if draws and self.divergence == "forward_kl" else "bucket"
 
 
 class TrainOptions(Options):

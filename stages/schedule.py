@@ -1,10 +1,10 @@
-"""Learning rates over the run, as shares of the peak."""
+"""What changes over the run: the learning rate, as a share of its peak, and the loss's α."""
 
 from __future__ import annotations
 
 import math
 
-from stages.options import TrainOptions
+from stages.options import LossOptions, TrainOptions
 
 
 def lr_share(step: int, steps: int, options: TrainOptions) -> float:
@@ -26,3 +26,27 @@ def lr_share(step: int, steps: int, options: TrainOptions) -> float:
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
     tail = math.ceil(options.decay * steps)
     return min(1.0, (steps - step) / tail) if tail else 1.0
+
+
+def alpha_at(step: int, steps: int, options: LossOptions) -> float:
+    """Returns α, the share of distillation, at a step.
+
+    constant: `alpha`. linear: α = alpha + (alpha_end − alpha)·s/(S − 1) at step s of S, both ends
+    reached. wsd: from `alpha_end` in equal steps up to `alpha` over `alpha_warmup` of the steps, then
+    `alpha`, and linearly back to `alpha_end` over the last `alpha_decay`, as the learning rate does
+    (WSD-α of arXiv 2410.16215).
+
+    Args:
+        step: 0-based.
+        steps: length of the run.
+    """
+    high, low = options.alpha, options.alpha_end
+    if options.alpha_schedule == "constant":
+        return high
+    if options.alpha_schedule == "linear":
+        return high + (low - high) * step / max(1, steps - 1)
+    warm, tail = math.ceil(options.alpha_warmup * steps), math.ceil(options.alpha_decay * steps)
+    share = (step + 1) / warm if step < warm else 1.0
+    if tail:
+        share = min(share, (steps - step) / tail)
+    return low + (high - low) * share

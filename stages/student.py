@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from stages.annotate import pool
 from stages.batches import Batch
-from stages.chunked_head import chunked_loss
+from stages.chunked_head import chunk_rows, chunked_loss
+from stages.divergences import Divergence
 from stages.features import FeatureAligner, Pair
 from stages.head import Head, find_decoder_layers, run_decoder
 from stages.model_files import context_length
@@ -96,6 +97,8 @@ class StepLoss:
         ce, kd: sums over rows, nats.
         features: sum over segments of weight·distance.
         correct: rows whose most probable id is the gold one.
+        agreed: rows whose most probable id is the fused target's.
+        ce_R, kd_R: of each row, nats, in the order of the batch's rows (Batch.row_domain).
     """
 
     total: Tensor
@@ -103,6 +106,9 @@ class StepLoss:
     kd: Tensor
     features: Tensor
     correct: Tensor
+    agreed: Tensor
+    ce_R: Tensor
+    kd_R: Tensor
 
 
 class DistilledStudent(nn.Module):
@@ -140,30 +146,38 @@ class DistilledStudent(nn.Module):
             else None
         )
 
-    def forward(self, batch: Batch, rows: int, segments: int) -> StepLoss:
+    def forward(
+        self, batch: Batch, rows: int, segments: int, alpha: float | None = None
+    ) -> StepLoss:
         """Returns the losses of a batch.
 
         Args:
             batch: on the model's device.
             rows: rows with a target in the whole step, over all batches.
             segments: segments with a target in the whole step.
+            alpha: share of distillation in this step; the options' if not given.
         """
         layers = () if self.aligner is None else self.aligner.student_layers
         kind = batch.inputs.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
             hidden, found = run_decoder(self.model, batch.inputs, batch.positions, layers)
-        options, distils = self.options, batch.target is not None
-        alpha = options.alpha if distils else 0.0
+        options, head = self.options, Head.of(self.model, self.autocast)
+        alpha = options.alpha if alpha is None else alpha
+        alpha = alpha if batch.target is not None else 0.0
         loss = chunked_loss(
-            hidden[batch.scored], Head.of(self.model, self.autocast), batch.gold, batch.target,
+            hidden[batch.scored], head, batch.gold, batch.target,
             (1.0 - alpha) / max(rows, 1), alpha * options.temperature**2 / max(rows, 1),
-            options.chunk_tokens,
+            chunk_rows(len(head.weight), options.chunk_bytes, options.chunk_tokens),
+            Divergence.of(options),
         )  # fmt: skip
         features = (
             self._features(batch, found) if self.aligner is not None else hidden.new_zeros(())
         )
         total = loss.total + options.features.weight / max(segments, 1) * features
-        return StepLoss(total, loss.ce, loss.kd, features.detach(), loss.correct)
+        return StepLoss(
+            total, loss.ce, loss.kd, features.detach(), loss.correct, loss.agreed, loss.ce_R,
+            loss.kd_R,
+        )  # fmt: skip
 
     def _features(self, batch: Batch, found: Mapping[int, Tensor]) -> Tensor:
         assert self.aligner is not None

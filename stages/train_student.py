@@ -26,7 +26,7 @@ from stages.evaluate import heldout_losses
 from stages.options import LossOptions, TrainOptions
 from stages.order import BlockOrder, Position, Ranges
 from stages.progress import Progress
-from stages.schedule import lr_share
+from stages.schedule import alpha_at, lr_share
 from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, StepLoss
 from storage import durable
@@ -183,12 +183,13 @@ class Trainer:
         rows = sum(batch.rows for batch in batches)
         segments = sum(_segments(batch) for batch in batches)
         share = lr_share(self.step, self.run.steps, options)
+        alpha = alpha_at(self.step, self.run.steps, self.run.loss)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * share
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for batch in batches:
-            loss: StepLoss = self.student(batch, rows, segments)
+            loss: StepLoss = self.student(batch, rows, segments, alpha)
             loss.total.backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), options.clip)
@@ -203,6 +204,7 @@ class Trainer:
         self.optimizer.step()
         return {
             "step": self.step + 1, "rows": rows, "lr": options.lr * share, "total": total,
+            "alpha": alpha,
             "ce": _mean(losses, "ce", rows), "kd": _mean(losses, "kd", rows),
             "features": _mean(losses, "features", segments), "grad_norm": float(norm),
             "weights": teacher_weights(batches, self.reader),

@@ -94,6 +94,18 @@ def test_total_and_gradients_are_the_plain_ones(work: Any, checkpointing: bool) 
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_steps_alpha_and_the_rows_losses(work: Any) -> None:
+    """α of a step in place of the options'; what is told by row sums to what is told by batch."""
+    student, reader = make(work)
+    batch = reader.read(np.array([0, 3]))
+    loss, other = (student(batch, batch.rows, 2, alpha) for alpha in (None, 0.25))
+    moved = (ALPHA - 0.25) * (loss.ce - 4.0 * loss.kd) / batch.rows
+    torch.testing.assert_close((other.total - loss.total).double(), moved, rtol=1e-4, atol=1e-5)
+    assert len(loss.ce_R) == len(loss.kd_R) == len(batch.row_domain) == batch.rows
+    assert float(loss.ce_R.double().sum()) == float(loss.ce)
+    assert float(loss.kd_R.double().sum()) == float(loss.kd)
+
+
 def test_accumulation_gives_the_gradient_of_one_batch(work: Any) -> None:
     whole, reader = make(work)
     pieces, _ = make(work)

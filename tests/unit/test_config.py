@@ -44,12 +44,30 @@ def test_demo_is_valid_and_frozen() -> None:
         ("store.temperatures=[1.0, 2.0]", "distinct, not 1"),
         ("store.temperatures=[2.0, 2.0]", "distinct, not 1"),
         ("store.temperatures=[1e30]", "between 0.05 and 100"),
+        ("loss.divergence=kl", r"loss\.divergence: .*'forward_kl'.*'tv'"),
+        ("loss.beta=1", r"loss\.beta: .*less than 1"),
+        ("loss.skew=0", r"loss\.skew: .*greater than 0"),
+        ("loss.target=draws", "draws 0.*possible are auto, bucket, renormalised and residual"),
+        ("loss={divergence: js, target: residual}", "can be auto or bucket, and residual goes"),
+        ("loss={divergence: tv, target: draws}", "can be auto or bucket, and draws goes"),
+        ("loss={alpha_schedule: wsd, alpha_decay: 0.95}", "together exceed the run"),
     ],
 )
 def test_mistakes_are_named(override: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         load_config(DEMO, [override])
     assert caught.value.exit_code == 2
+
+
+def test_the_tail_follows_the_divergence_and_the_cache() -> None:
+    def tail(*overrides: str) -> str:
+        config = load_config(DEMO, overrides)
+        return config.loss.tail(config.store.drawn)
+
+    assert tail() == "bucket" and tail("store.draws=8") == "draws"
+    assert tail("store.draws=8", "loss.divergence=reverse_kl") == "bucket"
+    assert tail("store.draws=8", "loss.target=bucket") == "bucket"
+    assert tail("loss.target=residual") == "residual"
 
 
 def test_overrides_are_yaml_values() -> None:

@@ -12,8 +12,8 @@ from conftest import make_model
 from stages.annotate import pool
 from stages.batches import segment_means
 from stages.features import FeatureAligner, resolve_pairs
-from stages.options import FeatureOptions, TrainOptions
-from stages.schedule import lr_share
+from stages.options import FeatureOptions, LossOptions, TrainOptions
+from stages.schedule import alpha_at, lr_share
 from stages.student import cut_layers
 from storage.errors import ConfigError
 
@@ -28,6 +28,21 @@ def test_schedule_warms_up_and_decays(schedule: str) -> None:
         assert shares[10:80] == [1.0] * 70 and shares[90] == pytest.approx(0.5)
     else:
         assert shares[55] == pytest.approx(0.5)
+
+
+def test_alpha_is_constant_or_falls_or_rises_stays_and_falls() -> None:
+    def alphas(steps: int, **options: object) -> list[float]:
+        chosen = LossOptions(alpha=0.9, **options)  # type: ignore[arg-type]
+        return [alpha_at(step, steps, chosen) for step in range(steps)]
+
+    assert alphas(3) == [0.9] * 3
+    linear = alphas(5, alpha_schedule="linear", alpha_end=0.1)
+    assert linear == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert alphas(1, alpha_schedule="linear") == [0.9]
+    wsd = alphas(10, alpha_schedule="wsd", alpha_end=0.1, alpha_warmup=0.4, alpha_decay=0.2)
+    assert wsd == pytest.approx([0.3, 0.5, 0.7, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5])
+    up = alphas(4, alpha_schedule="wsd", alpha_warmup=0.5, alpha_decay=0.0)
+    assert up == pytest.approx([0.45, 0.9, 0.9, 0.9])
 
 
 def test_pool_means_present_tokens_only() -> None:

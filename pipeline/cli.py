@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
-from storage.errors import ScholiastError
+from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
     from pipeline.console import Console
@@ -38,6 +39,10 @@ class ScholiastGroup(click.Group):
                 err=True,
             )
             ctx.exit(INTERRUPTED)
+        except Stopped as stopped:
+            if _first_rank():
+                click.echo(str(stopped), err=True)
+            ctx.exit(stopped.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -52,6 +57,11 @@ class ScholiastGroup(click.Group):
         finally:  # a bar left open would hide the cursor and run into the message
             if ctx.obj is not None:
                 ctx.obj.stop_bar()
+
+
+def _first_rank() -> bool:
+    """Returns whether this process speaks for all ranks of a training."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _message(error: Exception) -> str:
@@ -199,13 +209,17 @@ def append(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> 
 def train_student(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
     """Train the student on the fused notes of the teachers.
 
-    Needs a complete cache. Goes on from the newest checkpoint.
+    Needs a complete cache. Goes on from the newest checkpoint, on any number of ranks. SIGTERM and
+    SIGUSR1 end it after the step, with everything saved and exit code 75.
 
     \b
     Example: scholiast train-student my.yaml --set loss.alpha=1.0 --set run_dir=runs/kd-only
+      torchrun --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+        -m pipeline.cli train-student my.yaml --set train.parallel=fsdp
     """
     work, _ = open_workspace(config, overrides, quiet)
-    for run in work.train_students().values():
+    runs = work.train_students()
+    for run in runs.values() if _first_rank() else ():
         click.echo(f"student trained: {run.steps} steps, in {run.model_folder}")
 
 

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stages.batches import Batch, BatchReader
 from stages.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint
-from stages.device import Usage
+from stages.device import Usage, random_state, set_random_state
 from stages.evaluate import heldout_losses
 from stages.export import export
 from stages.loggers import open_loggers
@@ -241,14 +240,8 @@ class Trainer:
         return {
             "student": dict(self.student.state_dict()),
             "optimizer": moments(self.optimizer, self.student),
-            "random": {str(self.ranks.rank): self._random_state()},
+            "random": {str(self.ranks.rank): random_state(self.ranks.device)},
         }
-
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.ranks.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
-        return state
 
     def _save(self) -> None:
         facts = {
@@ -274,17 +267,12 @@ class Trainer:
             del state["random"]
         load_checkpoint(folder, facts, state, self.ranks)
         if same_ranks:
-            self._set_random_state(state["random"][str(self.ranks.rank)])
+            set_random_state(self.ranks.device, state["random"][str(self.ranks.rank)])
         self.step = self.saved = int(facts["step"])
         self.position = self.order.resume(facts["position"])
         self.tokens, self.seconds = int(facts["tokens"]), float(facts["seconds"])
         self.ranks.on_first(lambda: self.metrics.truncate(self.step))
         self.progress.say(f"{self.run.folder.name}: going on from step {self.step}")
-
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.ranks.device)
 
     def _open_loggers(self) -> list[Any]:
         if not self.ranks.first:
@@ -310,5 +298,5 @@ def _segments(batch: Batch) -> int:
     """Segments that have a target (the same for every teacher)."""
     if not batch.segment_weights:
         return 0
-    total: Tensor = torch.stack(list(batch.segment_weights.values())).sum(0)
+    total: torch.Tensor = torch.stack(list(batch.segment_weights.values())).sum(0)
     return int((total > 0).sum())

@@ -114,10 +114,11 @@ def play(config: str, root: Path) -> dict[str, Any]:
     go("one", "all", [calm])
     go("ddp", "all", two)
     go("fsdp", "all", two, **fsdp)
-    go("lean", "all", two, **fsdp, train__gradient_checkpointing="true", train__precision="bf16")
-    go("lean_one", "all", [calm], train__gradient_checkpointing="true", train__precision="bf16")
+    lean = {"train__gradient_checkpointing": "true", "train__precision": "bf16", "train__steps": 4}
+    go("lean", "all", two, **fsdp, **lean)
+    go("lean_one", "all", [calm], **lean)
 
-    first, second = sorted(moments.sample(range(4, 19), 2))
+    first, second = sorted(moments.sample(range(8, 19), 2))
     came["kills"] = [first, second]
     go("killed", "one", [Plan({first: signal.SIGKILL})], train__async_checkpoint="true")
     go("killed", "fsdp", [calm, Plan({second: signal.SIGKILL})], **fsdp)

@@ -5,6 +5,7 @@ Usage: rank_runs.py CONFIG FOLDER; prints one JSON object, what each training ca
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from warm import warm_up
 
 from pipeline.cli import main
@@ -30,9 +32,17 @@ SEED = 7
 
 @dataclass
 class Plan:
-    """What befalls one rank of a training: step → signal that it sends itself before that step."""
+    """What befalls one rank of a training.
+
+    Attributes:
+        signals: step → signal that it sends itself before that step.
+        fails: step whose computation raises.
+        full_from: step from whose checkpoint on its disk is full.
+    """
 
     signals: dict[int, int] = field(default_factory=dict)
+    fails: int = 0
+    full_from: int = 0
 
 
 def train(config: str, plans: list[Plan], **settings: object) -> list[tuple[int, str]]:
@@ -87,9 +97,17 @@ def befall(plan: Plan) -> None:
     def optimized(self: Trainer, *arguments: Any, **named: Any) -> Any:
         if self.step + 1 in plan.signals:
             os.kill(os.getpid(), plan.signals[self.step + 1])
+        if self.step + 1 == plan.fails:
+            raise MemoryError("nothing is left")
+        if self.step + 1 == plan.full_from:
+            FileSystemWriter.write_data = full  # type: ignore[method-assign]
         return optimize(self, *arguments, **named)
 
     Trainer._optimize = optimized  # type: ignore[method-assign]
+
+
+def full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def flip(path: Path) -> None:
@@ -140,6 +158,10 @@ def play(config: str, root: Path) -> dict[str, Any]:
     cache = shutil.copytree(root.parent / "run/cache", root / "cache")
     flip(cache / "two/notes.zarr/entropy/c/0/0")
     go("corrupt", "two", two, cache_dir=cache)
+    go("failed", "first", [Plan(fails=3), calm])
+    go("failed", "second", [calm, Plan(fails=3)], **fsdp)
+    go("full", "two", [calm, Plan(full_from=5)], **fsdp)
+    came["full"]["latest"] = latest(root / "full").name
     return came
 
 

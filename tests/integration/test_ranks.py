@@ -15,8 +15,7 @@ import pytest
 from conftest import Lab, build_parts
 from safetensors.torch import load_file
 
-# One worker plays all of them: what they came to is dear, and made once a worker.
-pytestmark = pytest.mark.xdist_group("ranks")
+from storage import durable
 
 STEPS = 20
 SIGNALLED = 75
@@ -25,12 +24,18 @@ Ends = list[tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def lab_of_caches(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Caches of two teachers, and a configuration of 20 steps of four batches of one block."""
+    """Caches of two teachers, shared by the workers that pytest runs on."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     root: Path = tmp_path_factory.mktemp("ranks")
-    build_parts(root)
-    lab = Lab(root)
-    lab.workspace().cache_teachers()
-    return lab
+    if session is not None:
+        root = tmp_path_factory.getbasetemp().parent / f"ranks-{session}"
+        root.mkdir(exist_ok=True)
+    with durable.alone(root):
+        if not (root / "made").exists():
+            build_parts(root)
+            Lab(root).workspace().cache_teachers()
+            (root / "made").touch()
+    return Lab(root)
 
 
 def configure(lab: Lab, name: str = "ranks.yaml", **changes: Any) -> Path:
@@ -44,15 +49,23 @@ def configure(lab: Lab, name: str = "ranks.yaml", **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def played(lab_of_caches: Lab) -> dict[str, Any]:
-    """What every training of rank_runs.py came to, all from one process."""
-    config, here = configure(lab_of_caches), Path(__file__).parent
+    """What every training of rank_runs.py came to, all from one process; played once a session."""
+    root, here = lab_of_caches.root, Path(__file__).parent
+    with durable.alone(root):
+        if not (root / "played.json").exists():
+            (root / "played.json").write_text(play(configure(lab_of_caches), root / "ranks", here))
+    found: dict[str, Any] = json.loads((root / "played.json").read_text())
+    return found
+
+
+def play(config: Path, folder: Path, here: Path) -> str:
     done = subprocess.run(
-        [sys.executable, here / "rank_runs.py", config, lab_of_caches.root / "ranks"],
+        [sys.executable, here / "rank_runs.py", config, folder],
         capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(here)])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 @pytest.fixture
@@ -159,6 +172,22 @@ def test_an_error_on_one_rank_ends_all_with_its_text(played: dict[str, Any]) -> 
     ends = played["corrupt"]["two"]
     assert codes(ends) == [1, 1] and all("fails its crc32c" in text for _, text in ends)
     assert sum("failed: chunk" in text for _, text in ends) == 1, "only one rank reads that shard"
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_computation_that_fails_ends_all_with_its_text(played: dict[str, Any], name: str) -> None:
+    """The other rank waits in a collective, finds the connection closed and is told why."""
+    ends = played["failed"][name]
+    assert codes(ends) == [1, 1]
+    failing = name == "second"
+    assert "MemoryError: nothing is left" in ends[failing][1]
+    assert f"rank {int(failing)} failed: MemoryError: nothing is left" in ends[not failing][1]
+
+
+def test_a_disk_full_on_one_rank_leaves_the_earlier_checkpoint(played: dict[str, Any]) -> None:
+    ends = played["full"]["two"]
+    assert codes(ends) == [1, 1] and all("the disk is full" in text for _, text in ends)
+    assert played["full"]["latest"] == "step-00000003"
 
 
 def test_steps_that_do_not_come_out_even_are_refused(played: dict[str, Any]) -> None:

@@ -224,6 +224,25 @@ def train_student(config: Path, overrides: Sequence[str], quiet: bool, debug: bo
 
 
 @main.command()
+@click.option("--student", default="fused", show_default=True, help="Which student.")
+@click.option("--step", type=click.IntRange(1), help="Which checkpoint; the newest if not given.")
+@run_options
+@click.argument("folder", type=click.Path(path_type=Path))
+def export(
+    config: Path, folder: Path, overrides: Sequence[str], quiet: bool, debug: bool, student: str,
+    step: int | None,
+) -> None:  # fmt: skip
+    """Save a student from one of its checkpoints as an ordinary model.
+
+    \b
+    Example: scholiast export my.yaml models/after-400 --step 400
+    """
+    work, _ = open_workspace(config, overrides, quiet)
+    step = work.export(student, step, folder)
+    click.echo(f"student after step {step}: {folder}")
+
+
+@main.command()
 @json_option
 @run_options
 def evaluate(

@@ -266,6 +266,33 @@ class Workspace:
             run, student, tokenizer, reader, evaluation, self.progress, ranks, stop, threads
         ).train()
 
+    def export(self, student: str, step: int | None, folder: Path) -> int:
+        """Saves a student from one of its checkpoints as a model; returns the checkpoint's step.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+            ConfigError: there is no such student, or the folder is there already.
+        """
+        import torch
+
+        self.ensure_assets()
+        runs = self.runs(*self.finished_jobs())
+        if student not in runs:
+            raise ConfigError(
+                "there is no such student", where="--student", expected=f"one of {list(runs)}",
+                found=student, todo="name another",
+            )  # fmt: skip
+        if folder.exists():
+            raise ConfigError(
+                "the folder is there already", where=folder, todo="name one that is not there yet"
+            )
+        self._setup_torch()
+        from stages.export import export_checkpoint
+        from stages.student import build_student
+
+        model = build_student(self.config.student, self.student_folder(), torch.device("cpu"))
+        return export_checkpoint(runs[student], model, self._student_tokenizer(), step, folder)
+
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
         from stages.batches import BatchReader

@@ -170,12 +170,43 @@ def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
     if not pointer.exists():
         return None
     folder = root / pointer.read_text().strip()
-    try:
-        return folder, json.loads((folder / "facts.json").read_text())
-    except (OSError, ValueError) as error:
+    return folder, read_facts(folder)
+
+
+def checkpoint_of(root: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Returns folder and facts of the checkpoint after a step, or of the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = latest_checkpoint(root)
+    if found is not None and step is not None:
+        folder = root / f"step-{step:08d}"
+        found = (folder, read_facts(folder)) if folder.is_dir() else None
+    if found is None:
+        there = [int(path.name.rsplit("-", 1)[1]) for path in sorted(root.glob("step-*"))]
         raise CheckpointError(
-            f"the newest checkpoint cannot be read: {error}", where=folder,
-            todo=f"write the name of an older step-* folder into {pointer}, or delete {root} "
+            "there is no such checkpoint", where=root, expected=f"one of {there or 'none'}",
+            found="the newest" if step is None else f"step {step}",
+            todo="name one that is there; train.keep_checkpoints says how many are kept",
+        )  # fmt: skip
+    return found
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        return facts
+    except (OSError, ValueError) as error:
+        root = folder.parent
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {error}", where=folder,
+            todo=f"write the name of an older step-* folder into {root / _LATEST}, or delete {root} "
             "to train from the beginning",
         ) from error  # fmt: skip
 

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.checkpoint import checkpoint_of, load_checkpoint
+from stages.lora import merged
+from stages.ranks import Ranks
+from stages.run import Run, require_identity
 from storage import durable
 
 
@@ -43,3 +47,23 @@ def export(
             durable.replace_folder(temporary, folder)
     finally:
         model.config.dtype = before
+
+
+def export_checkpoint(run: Run, model: Any, tokenizer: Any, step: int | None, folder: Path) -> int:
+    """Saves the student as it was after a step that has a checkpoint; returns the step.
+
+    Args:
+        model: built as for the training; it takes the checkpoint's weights.
+        step: None is the newest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
+    """
+    source, facts = checkpoint_of(run.folder / "checkpoints", step)
+    require_identity(run, facts["identity"], source)
+    state = {"student": {f"model.{name}": value for name, value in model.state_dict().items()}}
+    load_checkpoint(source, facts, state, Ranks(torch.device("cpu")))
+    whole = model.state_dict() if run.lora is None else merged(model.state_dict(), run.lora)
+    told = {"identity": run.identity, "steps": facts["step"]}
+    export(model, whole, tokenizer, run.dtype, folder, told)
+    return int(facts["step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from stages.batches import Batch, BatchReader
 from stages.loggers import Logger, numbers_of
 from stages.student import StepLoss
 from storage import durable
+from storage.errors import ScholiastError
 
 TERMS = ("total", "ce", "kd", "features")
 
@@ -43,6 +45,21 @@ def weight_means(sums: Sequence[float], reader: BatchReader) -> dict[str, dict[s
         if rows:
             means[domain] = {n: w / rows for n, w in zip(names, weights, strict=True)}
     return means
+
+
+def require_finite(step: int, total: float, norm: float) -> None:
+    """Refuses to go on with a loss or gradient norm that is none.
+
+    Raises:
+        ScholiastError: on all ranks, for both numbers are global.
+    """
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise ScholiastError(
+            "the loss or its gradient is no longer finite", where=f"step {step}",
+            found=f"loss {total}, gradient norm {norm}",
+            todo="lower train.lr, raise train.warmup, or set train.precision: fp32; "
+            "the last checkpoint is untouched",
+        )  # fmt: skip
 
 
 class MetricsLog:

@@ -9,7 +9,6 @@ of ranks: order, optimizer, random state and schedule are all functions of what 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from stages.evaluate import heldout_losses
 from stages.export import export
 from stages.loggers import open_loggers
 from stages.lora import merged
-from stages.metrics import TERMS, MetricsLog, loss_sums, weight_means, weight_sums
+from stages.metrics import TERMS, MetricsLog, loss_sums, require_finite, weight_means, weight_sums
 from stages.optimizer import make_optimizer, materialise_moments, moments
 from stages.order import BlockOrder, Position
 from stages.parallel import ParallelStudent, full_state
@@ -189,7 +188,7 @@ class Trainer:
         flags, weights = self.stop.flags(), weight_sums(batches, self.reader)
         sums = self.ranks.sum([*loss_sums(losses), waited, *flags, *weights])
         total, ce, kd, features, waits = sums[: len(TERMS) + 1]
-        _require_finite(self.step + 1, total, norm)
+        require_finite(self.step + 1, total, norm)
         self.optimizer.step()
         seconds = time.perf_counter() - begun
         at = len(TERMS) + 1 + len(flags)
@@ -282,16 +281,6 @@ class Trainer:
     def _log(self, row: dict[str, Any]) -> None:
         if self.ranks.first:
             self.metrics.write(row, flush=self.step % self.run.train.checkpoint_every == 0)
-
-
-def _require_finite(step: int, total: float, norm: float) -> None:
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise ScholiastError(
-            "the loss or its gradient is no longer finite", where=f"step {step}",
-            found=f"loss {total}, gradient norm {norm}",
-            todo="lower train.lr, raise train.warmup, or set train.precision: fp32; "
-            "the last checkpoint is untouched",
-        )  # fmt: skip
 
 
 def _segments(batch: Batch) -> int:

@@ -88,6 +88,27 @@ def test_a_student_from_a_configuration_alone(cached: Lab) -> None:
     assert "config.json" in run.identity["student"]["files"]
 
 
+def test_any_checkpoint_becomes_a_model(cached: Lab, cli: Any) -> None:
+    work = open_lab(cached, "exported", train__steps=6, train__keep_checkpoints=9)
+    final = load_file(work.train_students()["fused"].model_folder / "model.safetensors")
+    config = cached.root / "run.yaml"
+    models = {}
+    for step in (2, 6):
+        folder = cached.root / f"after-{step}"
+        result = cli("export", config, folder, "--step", step)
+        assert result.exit_code == 0 and f"after step {step}" in result.output
+        models[step] = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, final[name]) for name, value in models[6].items())
+    assert any(not torch.equal(value, final[name]) for name, value in models[2].items())
+    for arguments, said in (
+        ((cached.root / "x", "--step", "3"), "one of [2, 4, 6]"),
+        ((cached.root / "after-2",), "there already"),
+        ((cached.root / "x", "--student", "y"), "no such student"),
+    ):
+        result = cli("export", config, *arguments)
+        assert result.exit_code != 0 and said in result.output
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"model": "a", "config": "b"}, {"config": "b", "keep_layers": [0]}]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
-from storage.errors import ScholiastError
+from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
     from pipeline.console import Console
@@ -41,6 +42,10 @@ class ScholiastGroup(click.Group):
                 err=True,
             )
             ctx.exit(INTERRUPTED)
+        except Stopped as stopped:
+            if _first_rank():
+                click.echo(str(stopped), err=True)
+            ctx.exit(stopped.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -64,6 +69,11 @@ def allow_open_files() -> None:
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _first_rank() -> bool:
+    """Returns whether this process speaks for all ranks of a training."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _message(error: Exception) -> str:
@@ -211,14 +221,37 @@ def append(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> 
 def train_student(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
     """Train the student on the fused notes of the teachers.
 
-    Needs a complete cache. Goes on from the newest checkpoint.
+    Needs a complete cache. Goes on from the newest checkpoint, on any number of ranks. SIGTERM and
+    SIGUSR1 end it after the step, with everything saved and exit code 75.
 
     \b
     Example: scholiast train-student my.yaml --set loss.alpha=1.0 --set run_dir=runs/kd-only
+      torchrun --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+        -m pipeline.cli train-student my.yaml --set train.parallel=fsdp
     """
     work, _ = open_workspace(config, overrides, quiet)
-    for run in work.train_students().values():
+    runs = work.train_students()
+    for run in runs.values() if _first_rank() else ():
         click.echo(f"student trained: {run.steps} steps, in {run.model_folder}")
+
+
+@main.command()
+@click.option("--student", default="fused", show_default=True, help="Which student.")
+@click.option("--step", type=click.IntRange(1), help="Which checkpoint; the newest if not given.")
+@run_options
+@click.argument("folder", type=click.Path(path_type=Path))
+def export(
+    config: Path, folder: Path, overrides: Sequence[str], quiet: bool, debug: bool, student: str,
+    step: int | None,
+) -> None:  # fmt: skip
+    """Save a student from one of its checkpoints as an ordinary model.
+
+    \b
+    Example: scholiast export my.yaml models/after-400 --step 400
+    """
+    work, _ = open_workspace(config, overrides, quiet)
+    step = work.export(student, step, folder)
+    click.echo(f"student after step {step}: {folder}")
 
 
 @main.command()

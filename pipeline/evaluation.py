@@ -13,7 +13,7 @@ from storage.blocks import CorpusInfo
 if TYPE_CHECKING:
     import torch
 
-    from stages.train_student import Run
+    from stages.run import Run
 
 
 def evaluate(
@@ -71,7 +71,8 @@ def _models(
     from stages.teacher import load_causal_lm
 
     options = work.config.student
-    yield BEFORE, build_student(options, work._student_folder(), device)
+    bare = options.model_copy(update={"lora": None})  # new adapters change nothing
+    yield BEFORE, build_student(bare, work.student_folder(), device, work.config.train.seed)
     for name, run in runs.items():
         yield (
             name,

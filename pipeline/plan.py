@@ -185,7 +185,8 @@ def _student_rows(
     train = sum(n for _, n in info.ranges("train")) * info.block_length if info else tokens
     step_tokens = config.train.batch_blocks * config.train.accumulate * config.corpus.block_length
     steps = config.train.steps or math.ceil(train * (config.train.epochs or 1) / step_tokens)
-    built = work.there(config.student.model, config.student.revision)
+    student = config.student
+    built = student.model is None or work.there(student.model, student.revision)
     count = _student_parameters(work) if built else 0
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
@@ -202,12 +203,23 @@ def _student_rows(
 
 def _student_parameters(work: Workspace) -> int:
     """Returns about how many parameters the student has: the kept share of the layers' own."""
-    options = work.config.student
-    folder = locate(options.model, options.revision, "student.model")
-    total, config = parameters(folder, "student.model"), read_config(folder, "student.model")
+    options, folder = work.config.student, work.student_folder()
+    config = read_config(folder, "student")
+    if options.model is None:
+        return _parameters_of(config)
+    total = parameters(folder, "student.model")
     layers = int(config.get("num_hidden_layers") or 0)
     if not options.keep_layers or not layers:
         return total
     tied = 1 if config.get("tie_word_embeddings", True) else 2
     outside = min(total, int(config.get("vocab_size", 0)) * hidden_size(config) * tied)
     return outside + (total - outside) * len(options.keep_layers) // layers
+
+
+def _parameters_of(config: dict[str, Any]) -> int:
+    """Returns about how many parameters a configuration means: attention, gated MLP, embeddings."""
+    size, layers = hidden_size(config), int(config.get("num_hidden_layers") or 0)
+    inner = int(config.get("intermediate_size") or 4 * size)
+    tied = 1 if config.get("tie_word_embeddings", True) else 2
+    embeddings = int(config.get("vocab_size", 0)) * size * tied
+    return layers * (4 * size * size + 3 * size * inner) + embeddings

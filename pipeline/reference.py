@@ -46,6 +46,8 @@ def _section(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _section(arguments[0])
+    if origin in (types.UnionType, Union):
+        return next((found for found in map(_section, arguments) if found[0]), (None, ""))
     if origin is dict:
         return _section(arguments[1])[0], ".NAME"
     if origin is tuple and arguments:

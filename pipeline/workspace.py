@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
-from stages.model_files import locate, model_identity, parameters, present, read_config
+from stages.model_files import (
+    config_file,
+    locate,
+    model_identity,
+    parameters,
+    present,
+    read_config,
+)
 from stages.options import LossOptions
 from stages.progress import Progress
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
@@ -24,7 +31,9 @@ from storage.writer import save_info
 
 if TYPE_CHECKING:
     from stages.batches import BatchReader
-    from stages.train_student import Run
+    from stages.ranks import Ranks
+    from stages.run import Run
+    from stages.stop import StopSignals
 
 FUSED, BASELINE, BEFORE = "fused", "cross_entropy", "before"
 _MEASURED = (
@@ -131,10 +140,10 @@ class Workspace:
         """Returns the trainings that the configuration asks for: the fused student, the baseline."""
         import torch
 
-        from stages.train_student import Run
+        from stages.run import Run
 
         config = self.config
-        folder = self._student_folder()
+        folder = self.student_folder()
         settings = read_config(folder, "student.model")
         dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
         heldout, train = info.block_ids("heldout"), info.ranges("train")
@@ -159,8 +168,10 @@ class Workspace:
                 if name == FUSED
                 else {},
                 "student": {
-                    "files": model_identity(folder, "student.model", self.memo),
-                    **config.student.model_dump(mode="json", exclude={"model", "revision"}),
+                    "files": self._student_files(folder),
+                    **config.student.model_dump(
+                        mode="json", exclude={"model", "revision", "config"}
+                    ),
                 },
                 "fusion": config.fusion.model_dump(mode="json") if name == FUSED else {},
                 "loss": loss.model_dump(mode="json"),
@@ -174,61 +185,116 @@ class Workspace:
                         "checkpoint_every",
                         "log_every",
                         "eval_every",
+                        "loggers",
+                        "parallel",
+                        "compile",
+                        "async_checkpoint",
                     },
                 ),
             }
             runs[name] = Run(
                 config.run / "students" / name, identity, config.train, loss, train, heldout,
-                getattr(torch, dtype),
+                getattr(torch, dtype), config.student.lora,
             )  # fmt: skip
         return runs
 
     def train_students(self) -> dict[str, Run]:
-        """Trains what is not trained yet.
+        """Trains what is not trained yet, together with the other ranks if there are any.
 
         Raises:
             IncompleteCache: stage one is not finished.
+            Stopped: by SIGTERM or SIGUSR1, with everything saved.
         """
-        self.ensure_assets()
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            self.ensure_assets()
+            self.finished_jobs()  # refuses what is incomplete before torch is loaded
+        from stages.ranks import joined
+        from stages.stop import StopSignals
+
+        with StopSignals() as stop, joined(self.config.device) as ranks:
+            return self._train_on(ranks, stop)
+
+    def _train_on(self, ranks: Ranks, stop: StopSignals) -> dict[str, Run]:
+        from stages.run import finished
+
+        ranks.on_first(self.ensure_assets)
         info, jobs = self.finished_jobs()
         self._setup_torch()
-        from stages.tokenizer import load_tokenizer, require_same_tokenizer
-        from stages.train_student import finished
-
         runs = self.runs(info, jobs)
-        waiting = {name: run for name, run in runs.items() if not finished(run)}
-        if waiting:
-            ours = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
-            theirs = load_tokenizer(self._student_folder(), "student.model")
-            require_same_tokenizer(ours, theirs, "the corpus", "the student")
-        for name, run in waiting.items():
-            self._train(name, run, jobs, theirs)
+        waiting = ranks.on_first(lambda: [n for n, run in runs.items() if not finished(run)])
+        tokenizer = self._student_tokenizer() if waiting else None
+        for name in waiting:
+            self._train(name, runs[name], jobs, tokenizer, ranks, stop)
         return runs
 
-    def _train(self, name: str, run: Run, jobs: list[TeacherJob], tokenizer: Any) -> None:
+    def _student_tokenizer(self) -> Any:
+        """Returns what is exported beside the student: its own, which must be the corpus's."""
+        from stages.tokenizer import load_tokenizer, require_same_tokenizer
+
+        ours = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
+        if self.config.student.model is None:
+            return ours
+        theirs = load_tokenizer(self.student_folder(), "student.model")
+        require_same_tokenizer(ours, theirs, "the corpus", "the student")
+        return theirs
+
+    def _train(
+        self, name: str, run: Run, jobs: list[TeacherJob], tokenizer: Any, ranks: Ranks,
+        stop: StopSignals,
+    ) -> None:  # fmt: skip
         import torch
 
-        from stages.device import choose_device
         from stages.features import resolve_pairs
         from stages.student import DistilledStudent, build_student, require_student_fit
         from stages.train_student import Trainer
 
-        torch.manual_seed(run.train.seed)  # the projections' first values
-        device = choose_device(self.config.device)
-        model = build_student(self.config.student, self._student_folder(), device)
+        # On the CPU at first: a sharded student never lies on one device whole. The seed is also
+        # that of the projections' first values.
+        model = build_student(
+            self.config.student, self.student_folder(), torch.device("cpu"), run.train.seed
+        )
         require_student_fit(model, jobs[0].layout)
         fused = self.config.fused_teachers
         layouts = {job.name: job.layout for job in jobs if job.name in fused}
         pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
         sizes = {n: one.hidden_size for n, one in layouts.items()}
         bf16 = run.train.precision == "bf16"
-        student = DistilledStudent(model, run.loss, bf16, pairs, sizes).to(device)
+        student = DistilledStudent(model, run.loss, bf16, pairs, sizes)
         # Two readers: one is read ahead in a thread while the other serves an evaluation.
         on_device = self.config.train.decode == "device"
         reader = self.batch_reader(name == FUSED, on_device)
         evaluation = self.batch_reader()
         threads = self.config.reading.fetch_threads
-        Trainer(run, student, tokenizer, reader, evaluation, self.progress, threads).train()
+        Trainer(
+            run, student, tokenizer, reader, evaluation, self.progress, ranks, stop, threads
+        ).train()
+
+    def export(self, student: str, step: int | None, folder: Path) -> int:
+        """Saves a student from one of its checkpoints as a model; returns the checkpoint's step.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+            ConfigError: there is no such student, or the folder is there already.
+        """
+        import torch
+
+        self.ensure_assets()
+        runs = self.runs(*self.finished_jobs())
+        if student not in runs:
+            raise ConfigError(
+                "there is no such student", where="--student", expected=f"one of {list(runs)}",
+                found=student, todo="name another",
+            )  # fmt: skip
+        if folder.exists():
+            raise ConfigError(
+                "the folder is there already", where=folder, todo="name one that is not there yet"
+            )
+        self._setup_torch()
+        from stages.export import export_checkpoint
+        from stages.student import build_student
+
+        model = build_student(self.config.student, self.student_folder(), torch.device("cpu"))
+        return export_checkpoint(runs[student], model, self._student_tokenizer(), step, folder)
 
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
@@ -270,7 +336,7 @@ class Workspace:
         info, jobs = self.finished_jobs()
         self._setup_torch()
         from pipeline.evaluation import evaluate
-        from stages.train_student import finished
+        from stages.run import finished
 
         runs = self.runs(info, jobs)
         for name, run in runs.items():
@@ -370,9 +436,17 @@ class Workspace:
             corpus.tokenizer, corpus.tokenizer_revision, "corpus.tokenizer", weights=False
         )
 
-    def _student_folder(self) -> Path:
+    def student_folder(self) -> Path:
+        """Returns where the student's checkpoint lies, or its configuration alone."""
         student = self.config.student
+        if student.model is None:
+            return Path(str(student.config))
         return locate(student.model, student.revision, "student.model")
+
+    def _student_files(self, folder: Path) -> dict[str, str]:
+        if self.config.student.model is None:
+            return {"config.json": self.memo.sha256(config_file(folder))}
+        return model_identity(folder, "student.model", self.memo)
 
     def _setup_torch(self) -> None:
         import torch

@@ -1,24 +1,34 @@
-"""Training checkpoints: DCP for resuming, save_pretrained for use.
+"""Training checkpoints by DCP (torch.distributed.checkpoint), for resuming on any number of ranks.
 
-A checkpoint is a folder of its own, written under another name and renamed; `latest` is replaced
-atomically afterwards. Overwriting one in place would lose it at the wrong moment.
+A checkpoint is a folder of its own. All ranks write their pieces under another name and hash them; then
+rank 0 writes the facts, renames the folder and, last, replaces `latest` atomically: a checkpoint counts
+only once `latest` names it. Overwriting one in place would lose it at the wrong moment.
+
+Names of tensors do not depend on how the student is parallel, and DCP cuts them anew when it loads, so
+a checkpoint of one process, of DDP or of FSDP2 serves any of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from stages.ranks import Ranks
 from storage import durable
 from storage.errors import CheckpointError
 from storage.fingerprint import file_sha256
@@ -26,48 +36,74 @@ from storage.fingerprint import file_sha256
 _LATEST = "latest"
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that it runs in one process, which is meant."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+@contextlib.contextmanager
+def _dcp() -> Iterator[None]:
+    """Keeps DCP from warning that it runs in one process, and raises what it has wrapped."""
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavail)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+        yield
+    except CheckpointException as wrapped:
+        causes = [cause for cause, _ in wrapped.failures.values()]
+        full = (errno.ENOSPC, errno.EDQUOT)
+        raise next((c for c in causes if getattr(c, "errno", 0) in full), causes[0]) from None
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], keep: int
+    root: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], keep: int, ranks: Ranks
 ) -> None:
     """Commits the state after `step` and drops all but the last `keep` checkpoints.
 
     Args:
-        root: folder of the run's checkpoints.
+        root: folder of the run's checkpoints, seen by all ranks.
         tensors: state dicts of tensors, for DCP.
         facts: JSON: whatever else a resume needs.
+        ranks: who write together; all of them call this.
 
     Raises:
         DiskFull: the earlier checkpoints are untouched.
     """
     name = f"step-{step:08d}"
     temporary = root / f".{name}.tmp"
-    size = sum(t.nbytes for t in _leaves(tensors))
-    durable.require_free(root, size + (16 << 20), f"the checkpoint of step {step}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with durable.disk_errors(root), _quiet():
-        dcp_save(tensors, checkpoint_id=temporary, no_dist=True)
-        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        body = {**facts, "step": step, "files": files}
-        (temporary / "facts.json").write_text(json.dumps(body))
-        durable.replace_folder(temporary, root / name)
-        durable.write_bytes(root / _LATEST, name.encode())
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+
+    def begin() -> None:
+        size = sum(t.nbytes for t in _leaves(tensors))
+        durable.require_free(root, size + (16 << 20), f"the checkpoint of step {step}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        with durable.disk_errors(root):
+            temporary.mkdir(parents=True)
+
+    def write() -> dict[str, str]:
+        with durable.disk_errors(root), _dcp():
+            dcp_save(
+                tensors, checkpoint_id=temporary, process_group=ranks.group,
+                no_dist=ranks.world == 1,
+            )  # fmt: skip
+        return {path.name: file_sha256(path) for path in _written_by(temporary, ranks)}
+
+    def commit() -> None:
+        with durable.disk_errors(root):
+            (temporary / "facts.json").write_text(json.dumps(body))
+            durable.replace_folder(temporary, root / name)
+            durable.write_bytes(root / _LATEST, name.encode())
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    ranks.on_first(begin)
+    digests = ranks.gather(ranks.together(write))
+    files = {name: digest for mine in digests for name, digest in sorted(mine.items())}
+    body = {**facts, "step": step, "ranks": ranks.world, "files": files}
+    ranks.on_first(commit)
+
+
+def _written_by(folder: Path, ranks: Ranks) -> list[Path]:
+    """Returns a rank's files, __RANK_n.distcp; whatever else there is, is rank 0's."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        mark = re.match(r"__(\d+)_", path.name)
+        if (int(mark[1]) if mark else 0) == ranks.rank:
+            found.append(path)
+    return found
 
 
 def _leaves(value: Any) -> Iterator[torch.Tensor]:
@@ -76,6 +112,52 @@ def _leaves(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _leaves(item)
+
+
+class Checkpoints:
+    """Saves one run's checkpoints, each at once or while the training goes on.
+
+    Args:
+        root: their folder.
+        ranks: who train together; all of them call the same methods in the same order.
+        keep: how many are kept.
+        background: copy the state to memory, and write it in a thread. Costs that memory; at most one
+            is being written at a time, and a failure is raised by the next call.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks, keep: int, background: bool) -> None:
+        self._root, self._keep = root, keep
+        self._ranks = ranks.apart() if background else ranks
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Saves the state after a step, or begins to.
+
+        Raises:
+            DiskFull: this one or, in the background, the one before could not be written.
+        """
+        self.wait()
+        arguments = (facts, self._keep, self._ranks)
+        if self._pool is None:
+            save_checkpoint(self._root, step, tensors, *arguments)
+            return
+        copies: Any = self._stager.stage(tensors)
+        self._pending = self._pool.submit(save_checkpoint, self._root, step, copies, *arguments)
+
+    def wait(self) -> None:
+        """Returns when `latest` names what was last saved."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and lets go of thread and memory."""
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._stager.close()
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -88,18 +170,51 @@ def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
     if not pointer.exists():
         return None
     folder = root / pointer.read_text().strip()
-    try:
-        return folder, json.loads((folder / "facts.json").read_text())
-    except (OSError, ValueError) as error:
+    return folder, read_facts(folder)
+
+
+def checkpoint_of(root: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Returns folder and facts of the checkpoint after a step, or of the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = latest_checkpoint(root)
+    if found is not None and step is not None:
+        folder = root / f"step-{step:08d}"
+        found = (folder, read_facts(folder)) if folder.is_dir() else None
+    if found is None:
+        there = [int(path.name.rsplit("-", 1)[1]) for path in sorted(root.glob("step-*"))]
         raise CheckpointError(
-            f"the newest checkpoint cannot be read: {error}", where=folder,
-            todo=f"write the name of an older step-* folder into {pointer}, or delete {root} "
+            "there is no such checkpoint", where=root, expected=f"one of {there or 'none'}",
+            found="the newest" if step is None else f"step {step}",
+            todo="name one that is there; train.keep_checkpoints says how many are kept",
+        )  # fmt: skip
+    return found
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        return facts
+    except (OSError, ValueError) as error:
+        root = folder.parent
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {error}", where=folder,
+            todo=f"write the name of an older step-* folder into {root / _LATEST}, or delete {root} "
             "to train from the beginning",
         ) from error  # fmt: skip
 
 
-def load_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Loads a checkpoint into the given tensors, in place.
+def load_checkpoint(
+    folder: Path, facts: dict[str, Any], tensors: dict[str, Any], ranks: Ranks
+) -> None:
+    """Loads a checkpoint into the given tensors, in place; the ranks share out the hashing.
 
     Args:
         facts: from `latest_checkpoint`; they hold the sha256 of every file.
@@ -107,42 +222,31 @@ def load_checkpoint(folder: Path, facts: dict[str, Any], tensors: dict[str, Any]
     Raises:
         CheckpointError: it is damaged or has other tensors.
     """
-    for name, digest in facts["files"].items():
-        path = folder / name
-        if not path.exists() or file_sha256(path) != digest:
+
+    def check() -> None:
+        for name, digest in list(facts["files"].items())[ranks.rank :: ranks.world]:
+            path = folder / name
+            if not path.exists() or file_sha256(path) != digest:
+                raise CheckpointError(
+                    "a file of the checkpoint is missing or has bytes that were not written there",
+                    where=path, todo="point `latest` at an older step-* folder, or delete the "
+                    "checkpoints to begin anew",
+                )  # fmt: skip
+
+    def load() -> None:
+        try:
+            with _dcp():
+                dcp_load(
+                    tensors, checkpoint_id=folder, process_group=ranks.group,
+                    no_dist=ranks.world == 1,
+                )  # fmt: skip
+        except Exception as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(
-                "a file of the checkpoint is missing or has bytes that were not written there",
-                where=path, todo="point `latest` at an older step-* folder, or delete the "
-                "checkpoints to begin anew",
-            )  # fmt: skip
-    try:
-        with _quiet():
-            dcp_load(tensors, checkpoint_id=folder, no_dist=True)
-    except Exception as error:  # DCP wraps whatever went wrong in its own kinds
-        raise CheckpointError(
-            f"the checkpoint cannot be loaded: {str(error).strip().splitlines()[-1]}", where=folder,
-            todo="point `latest` at an older step-* folder, or delete the checkpoints to begin anew",
-        ) from error  # fmt: skip
+                f"the checkpoint cannot be loaded: {text}", where=folder,
+                todo="point `latest` at an older step-* folder, or delete the checkpoints to begin "
+                "anew",
+            ) from error  # fmt: skip
 
-
-def export(
-    model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path, facts: dict[str, Any]
-) -> None:
-    """Saves an ordinary transformers checkpoint: safetensors, tokenizer, generation config.
-
-    Args:
-        dtype: of the saved weights; the model itself is left as it is.
-        facts: provenance, kept beside it as scholiast.json; its presence tells a finished export.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
-    before = model.config.dtype
-    model.config.dtype = dtype
-    with durable.disk_errors(folder):
-        model.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "scholiast.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
-        durable.replace_folder(temporary, folder)
-    model.config.dtype = before
+    ranks.together(check)
+    ranks.together(load)

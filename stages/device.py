@@ -1,4 +1,4 @@
-"""Where the work runs, and what it took."""
+"""Where the work runs, what it draws from, and what it took."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def choose_device(name: str) -> torch.device:
             todo="set device: auto or cpu, or check the driver and CUDA_VISIBLE_DEVICES",
         )  # fmt: skip
     return device
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the state of everything random that a training on a device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
+    """Restores what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class Usage:

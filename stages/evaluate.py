@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from stages.batches import BatchReader
+from stages.ranks import Ranks
 from stages.student import DistilledStudent
 from storage.types import Int64
 
@@ -21,7 +22,11 @@ OVERALL = "overall"
 
 
 def heldout_losses(
-    student: DistilledStudent, reader: BatchReader, block_ids: Int64, batch_blocks: int
+    student: DistilledStudent,
+    reader: BatchReader,
+    block_ids: Int64,
+    batch_blocks: int,
+    ranks: Ranks | None = None,
 ) -> dict[str, dict[str, float]]:
     """Returns the student's losses by domain and overall.
 
@@ -30,28 +35,40 @@ def heldout_losses(
         reader: with caches, so that the distillation loss can be told.
         block_ids: held-out blocks, int64.
         batch_blocks: blocks of one forward.
+        ranks: who share out the batches. Forwards of a sharded student need all of them, so each
+            does the same number: one that has run out repeats a batch, uncounted.
 
     Returns:
         domain → {rows, ce, kd (nats a row; at the reader's temperature), perplexity, accuracy,
         agreement (with the fused target's most probable id)}.
     """
     device, training = next(student.parameters()).device, student.training
+    ranks = ranks or Ranks(device)
+    info, batches = reader.corpus.info, _batches(reader, block_ids, batch_blocks)
+    sums = np.zeros((len(info.domains), 5))
     student.eval()
-    info, sums = reader.corpus.info, dict[str, Any]()
-    # Blocks of one domain lie together; a batch never mixes two.
     with torch.no_grad():
-        for domain in info.domains:
-            mine = block_ids[info.domain_of(block_ids) == info.domains.index(domain)]
-            total = np.zeros(5)
-            for i in range(0, len(mine), batch_blocks):
-                batch = reader.read(mine[i : i + batch_blocks]).to(device)
-                loss = student(batch, batch.rows, 1)
-                sums_of = (loss.ce, loss.kd, loss.correct, loss.agreed)
-                total += [batch.rows, *map(float, sums_of)]
-            if total[0]:
-                sums[domain] = total
+        for i in range(ranks.rank, -(-len(batches) // ranks.world) * ranks.world, ranks.world):
+            domain, ids = batches[min(i, len(batches) - 1)]
+            batch = reader.read(ids).to(device)
+            loss = student(batch, batch.rows, 1)
+            if i < len(batches):
+                sums[domain] += [
+                    batch.rows,
+                    *map(float, (loss.ce, loss.kd, loss.correct, loss.agreed)),
+                ]
     student.train(training)
-    return _table(sums)
+    sums = np.reshape(ranks.sum(sums.flatten().tolist()), sums.shape)
+    return _table({n: row for n, row in zip(info.domains, sums, strict=True) if row[0]})
+
+
+def _batches(reader: BatchReader, block_ids: Int64, batch_blocks: int) -> list[tuple[int, Int64]]:
+    """Returns (domain's index, block ids) of each batch; none mixes two domains."""
+    domains, found = reader.corpus.info.domain_of(block_ids), []
+    for index in range(len(reader.corpus.info.domains)):
+        mine = block_ids[domains == index]
+        found += [(index, mine[i : i + batch_blocks]) for i in range(0, len(mine), batch_blocks)]
+    return found
 
 
 def _table(sums: Mapping[str, Any]) -> dict[str, dict[str, float]]:

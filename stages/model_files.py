@@ -74,13 +74,21 @@ def present(model: str, revision: str | None) -> bool:
     return any(folder.iterdir())
 
 
+def config_file(folder: Path) -> Path:
+    """Returns the configuration's file, given that or its folder."""
+    return folder if folder.is_file() else folder / "config.json"
+
+
 def read_config(folder: Path, key: str) -> dict[str, Any]:
     """Returns config.json, with a multimodal model's `text_config` laid over it.
+
+    Args:
+        folder: that holds it, or the file itself.
 
     Raises:
         TeacherError: missing or not JSON.
     """
-    path = folder / "config.json"
+    path = config_file(folder)
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:

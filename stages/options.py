@@ -162,10 +162,30 @@ class FusionOptions(Options):
     )
 
 
+class LoraOptions(Options):
+    """Low-rank adapters in the decoder layers; everything else stays as it is."""
+
+    rank: Count = Field(16, description="Rank of the adapters (needs the extra `lora`).")
+    alpha: Positive = Field(32.0, description="They are scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Of the adapters' input."
+    )
+    targets: tuple[str, ...] = Field(
+        (), description="Last names of the linear maps that get one, e.g. q_proj; all if none."
+    )
+
+
 class StudentOptions(Options):
     """Where the student comes from."""
 
-    model: str = Field(description="Folder or hub name of the checkpoint it starts from.")
+    model: str | None = Field(
+        None, description="Folder or hub name of the checkpoint it starts from."
+    )
+    config: str | None = Field(
+        None,
+        description="In place of `model`: a config.json, or a folder that holds one; random weights "
+        "by train.seed.",
+    )
     revision: str | None = Field(None, description="Hub revision.")
     keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Decoder layers (0 = first) to keep; all if not given."
@@ -174,6 +194,15 @@ class StudentOptions(Options):
         "auto", description="Implementation; auto: sdpa where the model has it."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    lora: LoraOptions | None = Field(None, description="Train adapters only.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentOptions:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give either `model` or `config`")
+        if self.config is not None and (self.keep_layers is not None or self.lora is not None):
+            raise ValueError("`keep_layers` and `lora` go with `model`: there is nothing to keep")
+        return self
 
 
 class FeaturePair(Options):
@@ -263,7 +292,14 @@ class TrainOptions(Options):
     )
     steps: Count | None = Field(None, description="Optimizer steps, in place of `epochs`.")
     batch_blocks: Count = Field(1, description="Blocks of one forward and backward.")
-    accumulate: Count = Field(1, description="Batches of one optimizer step.")
+    accumulate: Count = Field(
+        1, description="Batches of one optimizer step, shared out among the ranks."
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="With several ranks. ddp: each holds everything; fsdp: weights, gradients and "
+        "moments are cut into one piece a rank.",
+    )
     decode: Literal["cpu", "device"] = Field(
         "cpu",
         description="Where notes are unpacked; device: packed integers go to it, a third of the bytes.",
@@ -287,11 +323,22 @@ class TrainOptions(Options):
         "bf16", description="bf16: autocast, float32 weights."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, a forward more.")
+    compile: bool = Field(
+        False,
+        description="Compile the decoder layers by torch.compile. On a CPU this needs a C++ compiler.",
+    )
     seed: int = Field(0, description="Of the blocks' order and of everything random.")
     eval_every: Count = Field(200, description="Steps between evaluations on held-out blocks.")
     checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept.")
+    async_checkpoint: bool = Field(
+        False,
+        description="Write checkpoints while the training goes on, from a copy in memory.",
+    )
     log_every: Count = Field(1, description="Steps between rows of metrics.jsonl.")
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="Who gets the rows as well; each needs the extra of its name."
+    )
     baseline: bool = Field(
         False, description="Also train the same student for the same steps on cross-entropy alone."
     )

@@ -1,7 +1,8 @@
 """Each optimizer step's batches on one rank, read ahead of the step that trains.
 
-The order is one for all ranks. A step takes the next world × accumulate × batch_blocks samples of it;
-counted from the step's first, micro-batch a of rank r is
+The order is one for all ranks. A step takes the next world × accumulate × batch_blocks samples of it,
+both numbers per rank (`shared_out` says how a configured step is cut); counted from the step's first,
+micro-batch a of rank r is
 
     samples [(a·world + r)·batch_blocks, (a·world + r + 1)·batch_blocks)
 
@@ -27,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from stages.batches import Batch, BatchReader
 from stages.order import BlockOrder, Position
 from stages.prefetch import Prefetcher
-from storage.errors import ScholiastError
+from stages.stop import ignore_in_worker
+from storage.errors import ConfigError, ScholiastError
 from storage.types import Int64
 
 
@@ -54,6 +56,28 @@ class Share:
         """Returns the block ids of this rank's micro-batches of the step at a position."""
         ids, _ = order.take(position, self.samples)
         return list(ids.reshape(self.accumulate, self.world, -1)[:, self.rank])
+
+
+def shared_out(batch_blocks: int, accumulate: int, world: int) -> tuple[int, int]:
+    """Returns (batch_blocks, accumulate) of each rank for a step of batch_blocks × accumulate blocks.
+
+    Where the ranks divide `accumulate` they take the very batches that one process takes; otherwise
+    smaller ones, the largest of at most `batch_blocks` that come out even.
+
+    Raises:
+        ConfigError: the step's blocks do not come out even.
+    """
+    mine, rest = divmod(batch_blocks * accumulate, world)
+    if rest:
+        raise ConfigError(
+            "a step cannot be shared out evenly among the ranks", where="train.accumulate",
+            expected=f"batch_blocks × accumulate a multiple of {world} (ranks)",
+            found=f"{batch_blocks} × {accumulate}",
+            todo=f"set train.accumulate to a multiple of {world} (it counts the batches of all "
+            "ranks), or start fewer ranks",
+        )  # fmt: skip
+    blocks = next(b for b in range(min(batch_blocks, mine), 0, -1) if mine % b == 0)
+    return blocks, mine // blocks
 
 
 def steps_of_batches(
@@ -143,6 +167,7 @@ def _by_workers(
     batches: Any = DataLoader(
         _Reading(reader), sampler=ids, batch_size=None, collate_fn=_same, num_workers=workers,
         prefetch_factor=max(2, -(-share.accumulate // workers) + 1), multiprocessing_context="fork",
+        worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),  # the default one, which the training is resumed by, stays put
     )  # fmt: skip
     try:

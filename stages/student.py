@@ -16,26 +16,42 @@ from stages.chunked_head import chunk_rows, chunked_loss
 from stages.divergences import Divergence
 from stages.features import FeatureAligner, Pair
 from stages.head import Head, find_decoder_layers, run_decoder
+from stages.lora import add_adapters
 from stages.model_files import context_length
 from stages.options import LossOptions, StudentOptions
-from stages.teacher import load_causal_lm
+from stages.teacher import load_causal_lm, random_causal_lm
 from storage.errors import ConfigError, VocabularyMismatch
 from storage.layout import Layout
 
 
-def build_student(options: StudentOptions, folder: Path, device: torch.device) -> Any:
-    """Returns the student in float32, cut to `keep_layers` if they are given.
+def build_student(
+    options: StudentOptions, folder: Path, device: torch.device, seed: int = 0
+) -> Any:
+    """Returns the student in float32: from a checkpoint, cut to `keep_layers` if they are given and
+    with adapters if they are asked for, or from a configuration with random weights.
+
+    Args:
+        folder: of the checkpoint or the configuration.
+        seed: of random weights and adapters.
 
     Raises:
         TeacherError: the checkpoint cannot be loaded.
-        ConfigError: a layer that does not exist.
+        ConfigError: a layer that does not exist, or peft is wanted and not installed.
     """
+    torch.manual_seed(seed)
+    if options.config is not None:
+        return random_causal_lm(
+            folder, "student.config", attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
+        ).to(device)  # fmt: skip
     model = load_causal_lm(
         folder, "student.model", dtype=torch.float32, attention=options.attention,
         device=torch.device("cpu"), trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if options.keep_layers is not None:
         model = cut_layers(model, options.keep_layers)
+    if options.lora is not None:
+        add_adapters(model, options.lora)
     return model.to(device)
 
 

@@ -159,6 +159,30 @@ def load_causal_lm(
         ) from error  # fmt: skip
 
 
+def random_causal_lm(
+    folder: Path, key: str, *, attention: str, trust_remote_code: bool = False
+) -> Any:
+    """Returns a causal LM in float32 from a configuration alone, with random weights, on the CPU.
+
+    Raises:
+        TeacherError: the configuration is not one of a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return loader.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code,
+            attn_implementation=None if attention == "auto" else attention,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise TeacherError(
+            f"no model can be made of the configuration: {str(error).strip().splitlines()[0]}",
+            where=f"{key}: {folder}", todo="give the config.json of a transformers causal LM",
+        ) from error  # fmt: skip
+
+
 @torch.no_grad()
 def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
     """Checks on two blocks of 32 tokens that head and isolation are what stage one takes them for.

@@ -86,3 +86,23 @@ class RemoteError(ScholiastError):
 
 class CheckpointError(ScholiastError):
     """A training checkpoint cannot be used by this run."""
+
+
+class OtherRank(ScholiastError):
+    """Another process of the same training failed, and this one ends with it.
+
+    Args:
+        rank: which.
+        text: that error's.
+        exit_code: that error's.
+    """
+
+    def __init__(self, rank: int, text: str, exit_code: int = 1) -> None:
+        super().__init__(f"rank {rank} failed: {text}")
+        self.exit_code = exit_code
+
+
+class Stopped(ScholiastError):
+    """A signal ended the training after a step; all of it is saved (exit code 75: run it again)."""
+
+    exit_code = 75

@@ -1,0 +1,69 @@
+"""The trained student as an ordinary transformers checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.checkpoint import checkpoint_of, load_checkpoint
+from stages.lora import merged
+from stages.ranks import Ranks
+from stages.run import Run, require_identity
+from storage import durable
+
+
+def export(
+    model: Any,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    folder: Path,
+    facts: dict[str, Any],
+) -> None:
+    """Saves safetensors, tokenizer and generation config.
+
+    Args:
+        model: whose configuration is saved; it is left as it is.
+        state: its weights, whole and on the CPU, without adapters.
+        dtype: of the saved weights.
+        facts: provenance, kept beside it as scholiast.json; its presence tells a finished export.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    saved = {name: value.to(dtype) for name, value in state.items()}
+    before = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        with durable.disk_errors(folder):
+            model.save_pretrained(temporary, state_dict=saved)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "scholiast.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
+            durable.replace_folder(temporary, folder)
+    finally:
+        model.config.dtype = before
+
+
+def export_checkpoint(run: Run, model: Any, tokenizer: Any, step: int | None, folder: Path) -> int:
+    """Saves the student as it was after a step that has a checkpoint; returns the step.
+
+    Args:
+        model: built as for the training; it takes the checkpoint's weights.
+        step: None is the newest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
+    """
+    source, facts = checkpoint_of(run.folder / "checkpoints", step)
+    require_identity(run, facts["identity"], source)
+    state = {"student": {f"model.{name}": value for name, value in model.state_dict().items()}}
+    load_checkpoint(source, facts, state, Ranks(torch.device("cpu")))
+    whole = model.state_dict() if run.lora is None else merged(model.state_dict(), run.lora)
+    told = {"identity": run.identity, "steps": facts["step"]}
+    export(model, whole, tokenizer, run.dtype, folder, told)
+    return int(facts["step"])

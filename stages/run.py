@@ -1,0 +1,80 @@
+"""What one training is: its folder, its options, what identifies it, and whether it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.options import LoraOptions, LossOptions, TrainOptions
+from stages.order import Ranges
+from storage.errors import CheckpointError
+from storage.fingerprint import describe_differences, fingerprint
+from storage.types import Int64
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student's training.
+
+    Attributes:
+        folder: where metrics, checkpoints and the finished model go.
+        identity: what decides the result; a checkpoint of another identity is refused.
+        train, loss: options.
+        train_blocks: ranges of blocks.
+        heldout_blocks: int64 block ids.
+        dtype: of the exported weights.
+        lora: the adapters that are merged at export, if there are any.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    train: TrainOptions
+    loss: LossOptions
+    train_blocks: Ranges
+    heldout_blocks: Int64
+    dtype: torch.dtype
+    lora: LoraOptions | None = None
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def steps(self) -> int:
+        if self.train.steps is not None:
+            return self.train.steps
+        samples = sum(count for _, count in self.train_blocks) * (self.train.epochs or 1)
+        return math.ceil(samples / (self.train.batch_blocks * self.train.accumulate))
+
+
+def finished(run: Run) -> bool:
+    """Returns whether the run's model is exported.
+
+    Raises:
+        StaleCache, CheckpointError: the folder holds a model of another run.
+    """
+    path = run.model_folder / "scholiast.json"
+    if not path.exists():
+        return False
+    require_identity(run, json.loads(path.read_text())["identity"], run.model_folder)
+    return True
+
+
+def require_identity(run: Run, found: dict[str, Any], where: Path) -> None:
+    """Refuses what another run has left.
+
+    Raises:
+        CheckpointError: says which settings differ.
+    """
+    if fingerprint(found) != fingerprint(run.identity):
+        ours, theirs = describe_differences(run.identity, found)
+        raise CheckpointError(
+            "the folder holds another run", where=where, expected=ours, found=theirs,
+            todo="restore those settings, or name another run_dir (and in corpus_dir and cache_dir what "
+            f"is there now), or delete {run.folder}",
+        )  # fmt: skip

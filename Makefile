@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SCHOLIAST := $(BIN)/scholiast
 
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student test test-s3 bench-cache lint clean
+.PHONY: help cache-teachers train-student test test-s3 bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ bench-cache: $(BIN)/.installed-test  ## size, rounding and speed of the cache; s
 	cd tests/benchmarks && ../../$(BIN)/python annotation.py ../../runs/bench/assets/models/generalist
 	cd tests/benchmarks && ../../$(BIN)/python scale.py
 	cd tests/benchmarks && ../../$(BIN)/python order.py
+
+bench-step: $(BIN)/.installed-test  ## the student's step: memory, time, and whether it learns what online distillation does
+	$(BIN)/python tests/benchmarks/step.py runs/bench
+	$(BIN)/python tests/benchmarks/faithful.py runs/bench
 
 clean:  ## remove the virtual environment (runs/ is yours and stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

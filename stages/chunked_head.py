@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.chunk_terms import chunk_terms
 from stages.divergences import Divergence
 from stages.fusion import FusedTarget
-from stages.head import Head, cache_sized, product
+from stages.head import Head, add_product, cache_sized, product
 from stages.union import merge
 
 FORWARD_KL = Divergence()
@@ -181,8 +181,11 @@ class _Gradients:
     def add(self, start: int, stop: int, gradient_CP: Tensor) -> None:
         bf16 = self._head.bfloat16
         self.hidden[start:stop] = product(gradient_CP, self._head.weight, bf16)
-        part = product(gradient_CP.t(), self._rows[start:stop], bf16)
-        self.weight = part if self.weight is None else self.weight.add_(part)
+        rows = self._rows[start:stop]
+        if self.weight is None:
+            self.weight = product(gradient_CP.t(), rows, bf16)
+        else:
+            add_product(self.weight, gradient_CP.t(), rows, bf16)
         if self.bias is not None:
             self.bias += gradient_CP.sum(0)
 

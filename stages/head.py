@@ -48,6 +48,19 @@ def product(a: Tensor, b: Tensor, bfloat16: bool, out: Tensor | None = None) -> 
         return torch.mm(a.float(), b.float(), out=out)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor, bfloat16: bool) -> None:
+    """Adds a @ b to `total` in place, as `product` computes it; on a CPU without memory of its own.
+
+    Args:
+        total: float32, or float64 where a or b is.
+    """
+    if bfloat16 and a.device.type == "cuda":
+        total.add_(product(a, b, True))
+        return
+    with _bfloat16_factors() if bfloat16 else contextlib.nullcontext():
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 @dataclass(frozen=True)
 class HeadRule:
     """What a model does to the head's product: multiply, then cap (z → c·tanh(z/c))."""

@@ -2,20 +2,22 @@
 
     python tests/benchmarks/step.py [FOLDER]      (make bench-step; FOLDER is runs/bench)
 
-Memory. For each number of tokens T and vocabulary V a process of its own computes cross-entropy and forward
-KL (one teacher, 64 entries and a bucket) of T rows of hidden size 1,024 in float32, and the gradients of
-hidden states and head; given is by how much the process's peak (VmHWM) exceeds what it held before (hidden
-states, head, target). "chunked" is stages/chunked_head.py with its default budget; "dense" the leanest way
-with autograd: one product, one log_softmax, one gather of gold and kept ids, the bucket from the kept mass.
-Dense is left out where it would need more than the machine has free.
+Memory. For each number of tokens T and vocabulary V a process of its own computes cross-entropy and
+forward KL (one teacher, 64 entries and a bucket) of T rows of hidden size 1,024 in float32, and the
+gradients of hidden states and head; given is by how much the process's peak (VmHWM) exceeds what it
+held before (hidden states, head, target). "chunked" is stages/chunked_head.py with its default
+budget; "dense" the leanest way with autograd: one product, one log_softmax, one gather of gold and
+kept ids, the bucket from the kept mass. Dense is left out where it would need more than the machine
+has free.
 
-Steps. The demonstration's student, corpus, caches and options (one block of 512 tokens, bfloat16 autocast),
-features left out: forward, backward, clipping, AdamW, and reading where there are caches. Methods take turns
-in one process, ROUNDS each after one that is not counted; seconds are medians; relative_to_ce is the median
-over the rounds of a method's time over that of "cross-entropy, chunked" of the same round. data_wait_share
-is the share of the steps' time in which the training thread waits for the batch (one thread reads ahead).
-"own loss" is what transformers computes for the same model and rows. peak_bytes is the peak of a process of
-its own that takes three steps of the method.
+Steps. The demonstration's student, corpus, caches and options (one block of 512 tokens, bfloat16
+autocast), features left out: forward, backward, clipping, AdamW, and reading where there are
+caches. Methods take turns in one process, ROUNDS each after one that is not counted; seconds are
+medians; relative_to_ce is the median over the rounds of a method's time over that of "cross-
+entropy, chunked" of the same round. data_wait_share is the share of the steps' time in which the
+training thread waits for the batch (one thread reads ahead). "own loss" is what transformers
+computes for the same model and rows. peak_bytes is the peak of a process of its own that takes
+three steps of the method.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ from stages.chunked_head import chunk_rows, chunked_loss
 from stages.device import Usage
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule
+from stages.optimizer import make_optimizer
 from stages.options import LossOptions
 from stages.order import BlockOrder, Position
 from stages.progress import Silent
 from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, build_student
 from stages.teacher import TransformersTeacher
-from stages.train_student import make_optimizer
 
 HIDDEN, KEPT = 1024, 64
 SIZES = [(t, 151_936) for t in (1024, 2048, 4096, 8192, 16_384, 32_768)]
@@ -139,8 +141,8 @@ class Steps:
     def student(
         self, kind: Any = DistilledStudent, *more: Any
     ) -> tuple[Any, torch.optim.Optimizer]:
-        folder = self.work._student_folder()
-        model = build_student(self.config.student, folder, torch.device("cpu"))
+        folder = self.work.student_folder()
+        model = build_student(self.config.student, folder, torch.device("cpu"), 0)
         student = kind(model, self.config.loss, True, *more)
         student.train()
         return student, make_optimizer(student, self.config.train)

@@ -9,8 +9,11 @@ from storage.remote import RemotePath, require_local, root_of
 from storage.writer import owners
 
 
-def publish(work: Workspace, url: str) -> dict[str, int]:
+def publish(work: Workspace, url: str, verify: bool = False) -> dict[str, int]:
     """Copies the corpus to URL/corpus and each teacher's cache to URL/cache/NAME.
+
+    Args:
+        verify: also read what stands there already, and send again what has other bytes.
 
     Returns:
         name → bytes sent, 0 where all was there.
@@ -32,6 +35,6 @@ def publish(work: Workspace, url: str) -> dict[str, int]:
     sent = {}
     for name, (root, owner) in sources.items():
         work.progress.start(f"push {name}", 0, "byte")
-        sent[name] = push(root, owner, target / name, work.progress.advance)
+        sent[name] = push(root, owner, target / name, work.progress.advance, verify)
         work.progress.finish()
     return sent

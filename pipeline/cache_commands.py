@@ -87,7 +87,8 @@ def find_target(path: Path, overrides: Sequence[str]) -> Target:
         config = load_config(path, overrides)
         folders = {"corpus": require_local(config.corpus_folder, "corpus_dir")}
         caches = require_local(config.cache_folder, "cache_dir")
-        folders |= {name: caches / name for name in config.teachers}
+        for name in config.teachers:  # a teacher may be called "corpus"
+            folders[f"cache/{name}" if name in folders else name] = caches / name
         stores = {name: folder for name, folder in folders.items() if kind_of(folder)}
         target = Target(stores, (config.corpus.tokenizer, config.corpus.tokenizer_revision))
     if not target.stores:

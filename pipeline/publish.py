@@ -30,11 +30,14 @@ def publish(work: Workspace, url: str, verify: bool = False) -> dict[str, int]:
             todo="give the URL of a store; a local folder can simply be copied",
         )  # fmt: skip
     info, jobs = work.finished_jobs()
-    sources = {"corpus": (require_local(work.config.corpus_folder, "corpus_dir"), info.owners)}
-    sources |= {f"cache/{j.name}": (j.local_root, owners(j.identity, j.layout)) for j in jobs}
+    corpus = require_local(work.config.corpus_folder, "corpus_dir")
+    sources = {"corpus": (corpus, info.owners, info.parts)}
+    for job in jobs:
+        of_job = owners(job.identity, job.layout), job.layout.parts
+        sources[f"cache/{job.name}"] = (job.local_root, *of_job)
     sent = {}
-    for name, (root, owner) in sources.items():
+    for name, (root, owner, parts) in sources.items():
         work.progress.start(f"push {name}", 0, "byte")
-        sent[name] = push(root, owner, target / name, work.progress.advance, verify)
+        sent[name] = push(root, owner, parts, target / name, work.progress.advance, verify)
         work.progress.finish()
     return sent

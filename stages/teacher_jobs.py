@@ -136,7 +136,7 @@ def _job(
         },
     }
     require_identity(root, identity, layout)
-    done = manifest.done_parts(root, owners(identity, layout))
+    done = manifest.done_parts(root, owners(identity, layout), layout.parts)
     pending = np.setdiff1d(np.arange(layout.parts), done, assume_unique=True)
     return TeacherJob(
         name, options, folder, root, identity, layout, tuple(done.tolist()), tuple(pending.tolist())

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage import durable, manifest
-from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
+from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard, unreadable
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.generations import Generation, part_of, part_range, parts_until
 from storage.remote import RemotePath, Root, open_object
@@ -225,6 +225,9 @@ def load_info(root: Root) -> CorpusInfo | None:
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        todo = "run `scholiast repair`; finished parts are kept"
+        raise unreadable("corpus.json", error, path, todo) from error
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:

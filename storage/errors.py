@@ -76,6 +76,12 @@ class CorruptShard(ScholiastError):
     """A file's bytes are not those that were written."""
 
 
+def unreadable(what: str, error: OSError, where: object, todo: str = "") -> CorruptShard:
+    """Returns the error of a file that is there and cannot be read: a directory, a failing disk."""
+    reason = error.strerror or type(error).__name__
+    return CorruptShard(f"{what} cannot be read: {reason}", where=where, todo=todo)
+
+
 class DiskFull(ScholiastError):
     """Too little free space, before or during a write."""
 

@@ -29,14 +29,14 @@ _THREADS = 8
 
 
 def push(
-    root: Path, owners: manifest.Owners, target: RemotePath, tell: Callable[[int], None],
+    root: Path, owners: manifest.Owners, parts: int, target: RemotePath, tell: Callable[[int], None],
     verify: bool = False,
 ) -> int:  # fmt: skip
     """Copies a corpus or a cache; returns the bytes sent.
 
     Args:
         root: the local folder.
-        owners: which fingerprint each part's manifest carries.
+        owners, parts: which fingerprint each part's manifest carries; how many parts there are.
         target: where to.
         tell: called after each part with its bytes, sent or skipped.
         verify: also read what stands in the store, and send again what has other bytes.
@@ -56,7 +56,7 @@ def push(
     )  # fmt: skip
     sent = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for part in manifest.done_parts(root, owners).tolist():
+        for part in manifest.done_parts(root, owners, parts).tolist():
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
     for name in [*_small_files(root), *_LAST]:
         if (root / name).exists():

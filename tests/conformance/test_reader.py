@@ -420,7 +420,7 @@ def test_part_of_another_identity_is_refused(root: Path) -> None:
     """The listing's names tell; and a manifest whose name lies is refused when it is read."""
     other = "f" * 64
     with pytest.raises(StaleCache, match=r"expected:\s+fingerprint ffffffffffff…"):
-        manifest.done_parts(root, manifest.Owners((0,), (other,)))
+        manifest.done_parts(root, manifest.Owners((0,), (other,)), LAYOUT.parts)
     manifest.path_of(root, 0, fingerprint(IDENTITY)).rename(manifest.path_of(root, 0, other))
     with pytest.raises(StaleCache, match="not what its name says"):
         manifest.finished(root, 0, other)

@@ -140,8 +140,8 @@ class Packer:
             self.root, listed, np.where(ours, listed.prefixes, prefixes[-1]),
             "restore the sources they were made from"
             + (
-                "; an append of other sources, not finished, leaves such behind the finished parts: "
-                "delete those manifests"
+                ", or delete the manifests of that fingerprint: an append of other sources, not "
+                "finished, leaves such"
                 if len(self.plan) > 1
                 else ": where this corpus had grown, and corpus.json and begun.json are both lost, only "
                 "a copy of one of them tells how; else name another corpus_dir"

@@ -326,7 +326,7 @@ def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     vouched = manifest.load(root, part, identity_fingerprint)
     missing = MissingShard(
         "a part of the corpus is missing", where=path,
-        todo="delete corpus.json in this folder and run `scholiast prepare` again",
+        todo="run `scholiast repair` and then `scholiast prepare`",
     )  # fmt: skip
     if vouched is None:
         raise missing
@@ -339,7 +339,7 @@ def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     if bytes_sha256(data) != digest:
         raise CorruptShard(
             "a part of the corpus has bytes that were not written there", where=path,
-            todo="delete this file, its manifest and corpus.json, and run `scholiast prepare` again",
+            todo="run `scholiast repair` and then `scholiast prepare`: that part is made anew",
         )  # fmt: skip
     batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
 

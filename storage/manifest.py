@@ -39,7 +39,10 @@ REMOTE_SAMPLE = 32
 _DIGITS = 19  # of a part's number: fewer fit into int64
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
 
-REDO = "delete this manifest and run the same command again: that part alone is made anew"
+REDO = (
+    "run `scholiast repair`, which drops that part alone, and then `scholiast cache-teachers` (of a "
+    "corpus: `scholiast prepare`), which makes it anew"
+)
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,6 @@ def finished(root: Root, part: int, expected: str) -> Manifest | None:
     manifest = load(root, part, expected)
     if manifest is None or isinstance(root, RemotePath):
         return manifest
-    redo = REDO.replace("this manifest", str(path_of(root, part, expected)))
     for name, (size, _) in manifest.objects.items():
         path = root / name
         try:
@@ -303,12 +305,12 @@ def finished(root: Root, part: int, expected: str) -> Manifest | None:
         except FileNotFoundError:
             raise MissingShard(
                 "a file that its manifest vouches for is missing",
-                where=path, todo=redo,
+                where=path, todo=REDO,
             ) from None  # fmt: skip
         if found != size:
             raise CorruptShard(
                 "a file has not the size that its manifest states",
                 where=path, expected=f"{size} bytes", found=f"{found} bytes",
-                todo=redo,
+                todo=REDO,
             )  # fmt: skip
     return manifest

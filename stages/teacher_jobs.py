@@ -131,7 +131,7 @@ def _job(
             "preset": store.preset,
             **layout.codecs.to_dict(),
             "temperatures": list(store.temperatures),
-            "segments": store.segments,
+            "segments": layout.segments,  # 1 where nothing is pooled
             "feature_layers": list(options.feature_layers),
         },
     }

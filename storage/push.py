@@ -9,8 +9,7 @@ is done if asked for.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from pathlib import Path
 from storage import manifest
 from storage.errors import CorruptShard, MissingShard
 from storage.fingerprint import file_sha256
-from storage.layout import GROUP
 from storage.metadata import require_metadata
 from storage.remote import RemotePath
+from storage.stores import whole_files
 from storage.tables import digest, load_orders
 from storage.writer import open_cache
 
@@ -58,7 +57,7 @@ def push(
     with ThreadPoolExecutor(_THREADS) as pool:
         for part in manifest.done_parts(root, owners, parts).tolist():
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
-    for name in [*_small_files(root), *_LAST]:
+    for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
             (target / name).write(root / name)
             sent += (root / name).stat().st_size
@@ -139,17 +138,3 @@ def _require_whole(path: Path, size: int, sha256: str) -> None:
         )
     if path.stat().st_size != size or file_sha256(path) != sha256:
         raise CorruptShard("a file has bytes that were not written there", where=path, todo=_TODO)
-
-
-def _small_files(root: Path) -> Iterator[str]:
-    """Yields what no manifest vouches for: Zarr's metadata, orders of ids, log, begun.json."""
-    opened = open_cache(root)
-    shards = {root / GROUP / name / "c" for name in opened[1].arrays()} if opened else set()
-    skipped = {root / "manifests", root / "blocks", *shards}
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = sorted(n for n in folders if here / n not in skipped and n[0] != ".")
-        for name in sorted(names):
-            path = (here / name).relative_to(root).as_posix()
-            if name[0] != "." and not name.endswith(".tmp") and path not in _LAST:
-                yield path

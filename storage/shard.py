@@ -48,7 +48,10 @@ class Shard:
         self, path: Root, spec: ArraySpec, part: int, vouched: tuple[int, str] = (0, "")
     ) -> None:
         self.path, self.spec = path, spec
-        self._todo = f"run `scholiast repair` and then `scholiast cache-teachers`: part {part} alone is made anew"
+        self._todo = (
+            "run `scholiast repair` and then `scholiast cache-teachers`: "
+            f"part {part} alone is made anew"
+        )
         try:
             self._fd = open_object(path, *vouched)
         except FileNotFoundError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,7 @@ from storage.layout import GROUP, Layout, order_names, shard_name
 from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
 from storage.orders import IdOrders
+from storage.remote import RemotePath, Root
 from storage.tables import altered_orders, sound_orders
 from storage.writer import open_cache, owners
 
@@ -116,6 +119,31 @@ def kind_of(root: Path) -> str | None:
     if (root / INFO[CORPUS]).exists() or (root / BEGUN).exists():
         return CORPUS
     return CORPUS if (root / "blocks").is_dir() and (root / "manifests").is_dir() else None
+
+
+def whole_files(root: Path) -> Iterator[str]:
+    """Yields what no manifest vouches for: identity, Zarr's metadata, orders of ids and their copies,
+    log, begun.json; no temporary files."""
+    skipped = {root / "manifests", root / "blocks"}
+    try:
+        opened = open_cache(root)
+    except ScholiastError:
+        opened = None
+    if opened:
+        skipped |= {root / GROUP / name / "c" for name in opened[1].arrays()}
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(n for n in folders if here / n not in skipped and n[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and not name.endswith(".tmp"):
+                yield (here / name).relative_to(root).as_posix()
+
+
+def whole_bytes(root: Root) -> int:
+    """Returns the bytes of these files; of a remote root 0, for asking takes a request each."""
+    if isinstance(root, RemotePath):
+        return 0
+    return sum((root / name).stat().st_size for name in whole_files(root))
 
 
 def find_stores(root: Path) -> dict[str, Path]:

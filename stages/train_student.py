@@ -30,6 +30,7 @@ from stages.schedule import alpha_at, lr_share
 from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, StepLoss
 from storage import durable
+from storage.blocks import require_targets
 from storage.errors import CheckpointError, CorpusError, ScholiastError
 from storage.fingerprint import describe_differences, fingerprint
 from storage.types import Int64
@@ -123,6 +124,7 @@ class Trainer:
                 "there are no training blocks", where="corpus.sources",
                 todo="give at least one source with split: train",
             )  # fmt: skip
+        require_targets(reader.corpus, run.train_blocks)
         self.run, self.student, self.tokenizer = run, student, tokenizer
         self.reader, self.evaluation, self.progress = reader, evaluation, progress
         self.fetch_threads = fetch_threads

@@ -321,6 +321,25 @@ class BlockReader:
         return blocks
 
 
+def require_targets(reader: BlockReader, ranges: Sequence[tuple[int, int]]) -> None:
+    """Refuses blocks of which no row is scored; reads until one is, mostly in the first.
+
+    Args:
+        ranges: (first block, how many).
+
+    Raises:
+        CorpusError: nothing could be learned from them.
+    """
+    for first, count in ranges:
+        for block in range(first, first + count):
+            if reader.read([block]).scored.any():
+                return
+    raise CorpusError(
+        "no row of the training blocks has a target", where="corpus.sources",
+        todo="give documents of two tokens or more, and chats with a message to be learned",
+    )  # fmt: skip
+
+
 def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     path = root / object_name(part)
     vouched = manifest.load(root, part, identity_fingerprint)

@@ -276,6 +276,16 @@ def test_nothing_to_train_on(lab: Lab, cli: Cli) -> None:
     refused(cli("train-student", lab.write()), "no training blocks")
 
 
+def test_nothing_to_learn(lab: Lab, cli: Cli) -> None:
+    """Documents of one token each: blocks, but not one row with a target."""
+    (lab.root / "x.jsonl").write_text('{"text": "a"}\n' * 200)
+    sources = [lab.config["corpus"]["sources"][0]]
+    config = lab.write(corpus__sources=sources, corpus__append_eos=False)
+    assert cli("cache-teachers", config).exit_code == 0
+    refused(cli("train-student", config), "no row of the training blocks has a target")
+    assert not list((lab.root / "run").rglob("metrics.jsonl"))
+
+
 def test_no_heldout_data_is_no_failure(lab: Lab, cli: Cli) -> None:
     lab.config["corpus"]["sources"].pop()
     for command in ("cache-teachers", "train-student", "evaluate", "report"):

@@ -14,8 +14,6 @@ def test_segments_count_where_layers_are_pooled(lab: Lab, pooled: list[int], sam
     teachers = {"one": {"model": f"{lab.root}/a", "feature_layers": pooled}}
     options: dict[str, Any] = {"teachers": teachers, "loss": {}}
     info = lab.workspace(**options).prepare()
-    one, four = (
-        lab.workspace(**options, store__segments=n).jobs(info)[0].identity for n in (1, 4)
-    )
+    one, four = (lab.workspace(**options, store__segments=n).jobs(info)[0].identity for n in (1, 4))
     assert (one == four) == same
     assert four["store"]["segments"] == (1 if same else 4)

@@ -31,8 +31,8 @@ class ScholiastError(Exception):
         lines = [what]
         if self.where:
             lines.append(f"  where:     {self.where}")
-        if expected is not None or found is not None:
-            lines += [f"  expected:  {expected}", f"  found:     {found}"]
+        sides = {"expected:  ": expected, "found:     ": found}
+        lines += [f"  {side}{value}" for side, value in sides.items() if value is not None]
         if todo:
             lines.append(f"  to do:     {todo}")
         super().__init__("\n".join(lines))

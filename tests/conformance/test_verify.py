@@ -526,6 +526,18 @@ def test_folders_of_killed_writers_are_left_over(run: Path) -> None:
     assert not (root / name).exists() and not verify(root).leftovers
 
 
+def test_what_to_do_is_what_can_be_typed(made: Lab, run: Path, cli: Cli) -> None:
+    config, given = made.write("typed.yaml"), f"run_dir={run}"
+    flip(shards_of(run / "cache/one", 1)[0])
+    told = cli("verify", config, "--set", given).output
+    assert f"to do: scholiast repair {config} --set {given}" in told
+    told = cli("repair", config, "--set", given, "--dry-run").output
+    assert f"to do: scholiast cache-teachers {config} --set {given}" in told
+    told = cli("repair", run, "--dry-run").output
+    assert "cache-teachers with the run's configuration" in told and "CONFIG" not in told
+    assert "no such folder" in cli("verify", run / "nowhere").output
+
+
 def test_threads_find_the_same(run: Path) -> None:
     root = run / "cache/one"
     for path in shards_of(root, 1)[::2]:

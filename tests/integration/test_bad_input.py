@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from conftest import Lab, make_model, make_tokenizer, sentences
 
+from storage.errors import CorpusError
+
 Cli = Callable[..., Any]
 
 
@@ -284,6 +286,20 @@ def test_nothing_to_learn(lab: Lab, cli: Cli) -> None:
     assert cli("cache-teachers", config).exit_code == 0
     refused(cli("train-student", config), "no row of the training blocks has a target")
     assert not list((lab.root / "run").rglob("metrics.jsonl"))
+
+
+def test_empty_file_and_a_layer_named_twice(lab: Lab, cli: Cli) -> None:
+    (lab.root / "x.jsonl").write_text("")
+    result = cli("prepare", lab.write())
+    refused(result, "x.jsonl", "it is empty")
+    assert "StopIteration" not in result.output
+    result = cli("plan", lab.write(teachers__one__feature_layers=[2, 2]))
+    refused(result, "named twice", "feature_layers", code=2)
+
+
+def test_only_the_sides_that_are_known_are_shown() -> None:
+    assert "None" not in str(CorpusError("what", found="this", todo="do"))
+    assert "None" not in str(CorpusError("what", expected="that", todo="do"))
 
 
 def test_no_heldout_data_is_no_failure(lab: Lab, cli: Cli) -> None:

@@ -81,13 +81,19 @@ def find_target(path: Path, overrides: Sequence[str]) -> Target:
             raise ConfigError("--set goes with a configuration", where=path,
                               todo="name the run's YAML file, or leave --set out")  # fmt: skip
         target = Target(find_stores(path))
+    elif not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            "there is no such folder or configuration", where=path,
+            todo="name a cache, a corpus, a run's folder or its YAML file",
+        )  # fmt: skip
     else:
         from pipeline.config import load_config
 
         config = load_config(path, overrides)
         folders = {"corpus": require_local(config.corpus_folder, "corpus_dir")}
         caches = require_local(config.cache_folder, "cache_dir")
-        folders |= {name: caches / name for name in config.teachers}
+        for name in config.teachers:  # a teacher may be called "corpus"
+            folders[f"cache/{name}" if name in folders else name] = caches / name
         stores = {name: folder for name, folder in folders.items() if kind_of(folder)}
         target = Target(stores, (config.corpus.tokenizer, config.corpus.tokenizer_revision))
     if not target.stores:
@@ -141,7 +147,7 @@ def verify(
     \b
     Example: scholiast verify runs/mine/cache/code --deep
     """
-    from pipeline.verify_text import report_json, show_reports, verdict
+    from pipeline.verify_text import arguments, report_json, show_reports, verdict
 
     console = _console(quiet)
     reports = _verify_all(find_target(cache, overrides), deep, workers, console)
@@ -151,7 +157,7 @@ def verify(
         click.echo(json_module.dumps({"sound": sound, "stores": stores}, indent=1))
     else:
         show_reports(reports, console)
-        click.echo(f"\n{verdict(reports, cache)}")
+        click.echo(f"\n{verdict(reports, arguments(cache, overrides))}")
     ctx.exit(0 if sound else 1)
 
 
@@ -173,7 +179,7 @@ def repair(
     \b
     Example: scholiast repair my.yaml --dry-run
     """
-    from pipeline.verify_text import next_command, report_json, show_actions
+    from pipeline.verify_text import arguments, next_command, report_json, show_actions
     from storage.repair import plan_repair, unmended
     from storage.repair import repair as repair_store
 
@@ -192,7 +198,8 @@ def repair(
         }  # fmt: skip
         click.echo(json_module.dumps({"dry_run": dry_run, "stores": stores}, indent=1))
     else:
-        show_actions(reports, actions, dry_run)
+        config = None if cache.is_dir() else arguments(cache, overrides)
+        show_actions(reports, actions, dry_run, config)
     ctx.exit(1 if any(left.values()) else 0)
 
 

@@ -325,11 +325,15 @@ def generate(
 @main.command()
 @run_options
 @click.argument("url")
-def push(config: Path, url: str, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+@click.option("--verify", "check", is_flag=True,
+              help="Read what is there already, and send again what has other bytes.")  # fmt: skip
+def push(
+    config: Path, url: str, overrides: Sequence[str], quiet: bool, debug: bool, check: bool
+) -> None:
     """Copy the finished corpus and caches to a remote store.
 
-    What is there already is skipped. Then train anywhere with corpus_dir: URL/corpus and
-    cache_dir: URL/cache.
+    What is there already with the right size is skipped. Then train anywhere with corpus_dir:
+    URL/corpus and cache_dir: URL/cache.
 
     \b
     Example: scholiast push my.yaml s3://bucket/prefix
@@ -338,7 +342,7 @@ def push(config: Path, url: str, overrides: Sequence[str], quiet: bool, debug: b
     from pipeline.publish import publish
 
     work, _ = open_workspace(config, overrides, quiet)
-    for name, size in publish(work, url).items():
+    for name, size in publish(work, url, check).items():
         click.echo(f"pushed {name}: {human_bytes(size)} sent to {url.rstrip('/')}/{name}")
 
 

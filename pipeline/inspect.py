@@ -17,7 +17,7 @@ from storage.errors import IncompleteCache
 from storage.fingerprint import fingerprint
 from storage.layout import FORMAT
 from storage.reader import CacheReader
-from storage.stores import Store, open_store
+from storage.stores import Store, open_store, whole_bytes
 from storage.types import Bool, Float32, Int64, TokenStats
 
 _MANIFESTS = 1000  # opened at most to tell the sizes
@@ -95,15 +95,19 @@ def spread(values: Int64, count: int) -> Int64:
 def has_target(stats: TokenStats) -> Bool:
     """Returns bool [N, T], whether a row predicts anything; told without the corpus.
 
-    A row without a target holds zeros, and a tail of mass 1 is what no row with a target has.
+    A row without a target holds zeros. In no preset does one with a target: a tail whose mass is stored
+    as 1 (a small head of a flat distribution) leaves no id more than the rounding, so that the entropy
+    is large; an entropy stored as 0 leaves nearly no tail, whose log is far from 0.
     """
-    target: Bool = stats.log_tail_mass < 0
+    target: Bool = (stats.log_tail_mass != 0) | (stats.entropy != 0)
     return target
 
 
 def _sizes(store: Store, done: Sequence[int], blocks: int, tokens: int) -> dict[str, Any]:
     """Returns bytes, bytes_per_token, manifest_bytes and arrays → {bytes, bytes_per_token} of the
-    finished parts, scaled by blocks where not every manifest was opened (manifests_read)."""
+    finished parts, scaled by blocks where not every manifest was opened (manifests_read); and
+    other_bytes of what belongs to the whole (identity, metadata, orders of ids and their copies, log).
+    The first two count all of it."""
     picked = spread(np.array(done, np.int64), _MANIFESTS).tolist()
     arrays: dict[str, int] = {}
     own, seen = 0, 0
@@ -117,10 +121,11 @@ def _sizes(store: Store, done: Sequence[int], blocks: int, tokens: int) -> dict[
             array = name.split("/")[1] if store.kind == "cache" else "blocks"
             arrays[array] = arrays.get(array, 0) + size
     scale = blocks / max(1, seen)
-    total = sum(arrays.values()) + own
+    other = whole_bytes(store.root)
+    total = (sum(arrays.values()) + own) * scale + other
     return {
-        "bytes": round(total * scale), "bytes_per_token": total * scale / max(1, tokens),
-        "manifest_bytes": round(own * scale), "manifests_read": len(picked),
+        "bytes": round(total), "bytes_per_token": total / max(1, tokens),
+        "manifest_bytes": round(own * scale), "manifests_read": len(picked), "other_bytes": other,
         "arrays": {
             name: {"bytes": round(size * scale), "bytes_per_token": size * scale / max(1, tokens)}
             for name, size in arrays.items()

@@ -60,6 +60,8 @@ def _show_sizes(facts: Facts, console: Console) -> None:
         rows.append([array, some["dtype"], shape, *cells])
     manifests = [one["manifest_bytes"] / max(1, one["tokens"]) for one in facts.values()]
     rows.append(["manifests", "", "", *(f"{size:.2f}" for size in manifests)])
+    other = [one["other_bytes"] / max(1, one["tokens"]) for one in facts.values()]
+    rows.append(["of the whole", "", "", *(f"{size:.2f}" for size in other)])
     rows.append(["all", "", "", *(f"{one['bytes_per_token']:.2f}" for one in facts.values())])
     rows.append(["on disk", "", "", *(human_bytes(one["bytes"]) for one in facts.values())])
     read = min(one["manifests_read"] for one in facts.values())

@@ -9,8 +9,11 @@ from storage.remote import RemotePath, require_local, root_of
 from storage.writer import owners
 
 
-def publish(work: Workspace, url: str) -> dict[str, int]:
+def publish(work: Workspace, url: str, verify: bool = False) -> dict[str, int]:
     """Copies the corpus to URL/corpus and each teacher's cache to URL/cache/NAME.
+
+    Args:
+        verify: also read what stands there already, and send again what has other bytes.
 
     Returns:
         name → bytes sent, 0 where all was there.
@@ -27,11 +30,14 @@ def publish(work: Workspace, url: str) -> dict[str, int]:
             todo="give the URL of a store; a local folder can simply be copied",
         )  # fmt: skip
     info, jobs = work.finished_jobs()
-    sources = {"corpus": (require_local(work.config.corpus_folder, "corpus_dir"), info.owners)}
-    sources |= {f"cache/{j.name}": (j.local_root, owners(j.identity, j.layout)) for j in jobs}
+    corpus = require_local(work.config.corpus_folder, "corpus_dir")
+    sources = {"corpus": (corpus, info.owners, info.parts)}
+    for job in jobs:
+        of_job = owners(job.identity, job.layout), job.layout.parts
+        sources[f"cache/{job.name}"] = (job.local_root, *of_job)
     sent = {}
-    for name, (root, owner) in sources.items():
+    for name, (root, owner, parts) in sources.items():
         work.progress.start(f"push {name}", 0, "byte")
-        sent[name] = push(root, owner, target / name, work.progress.advance)
+        sent[name] = push(root, owner, parts, target / name, work.progress.advance, verify)
         work.progress.finish()
     return sent

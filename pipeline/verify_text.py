@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,8 +59,13 @@ def show_reports(reports: Mapping[str, Report], console: Console) -> None:
                 click.echo(f"  and {count - _LISTED:,} more (--json lists all)")
 
 
-def verdict(reports: Mapping[str, Report], target: Path) -> str:
-    """Returns the last line: sound or not, and what to do."""
+def arguments(target: Path, overrides: Sequence[str]) -> str:
+    """Returns CACHE and --set as they were given, to be typed again."""
+    return shlex.join([str(target), *(text for one in overrides for text in ("--set", one))])
+
+
+def verdict(reports: Mapping[str, Report], target: str) -> str:
+    """Returns the last line: sound or not, and what to do with `target` (see `arguments`)."""
     if any(p.mend != "none" for report in reports.values() for p in report.problems):
         return f"to do: scholiast repair {target}, which drops what is bad"
     if not all(report.sound for report in reports.values()):
@@ -75,9 +81,10 @@ def next_command(report: Report) -> str | None:
 
 
 def show_actions(
-    reports: Mapping[str, Report], actions: Mapping[str, Sequence[Action]], dry_run: bool
-) -> None:
-    """Prints what a repair did or would do, and what to run next."""
+    reports: Mapping[str, Report], actions: Mapping[str, Sequence[Action]], dry_run: bool,
+    config: str | None,
+) -> None:  # fmt: skip
+    """Prints what a repair did or would do, and what to run next (with `config`, if it is known)."""
     verbs = {"delete": "would delete", "write": "would write"} if dry_run else {
         "delete": "deleted", "write": "wrote"}  # fmt: skip
     for name, report in reports.items():
@@ -90,4 +97,6 @@ def show_actions(
         click.echo("sound: nothing to repair")
     commands = {command for report in reports.values() if (command := next_command(report))}
     for command in sorted(commands, reverse=True):  # prepare comes before cache-teachers
-        click.echo(f"to do: scholiast {command} CONFIG, which makes anew what is missing")
+        run = f"scholiast {command} {config}" if config else (
+            f"scholiast {command} with the run's configuration")  # fmt: skip
+        click.echo(f"to do: {run}, which makes anew what is missing")

@@ -27,6 +27,7 @@ from storage.blocks import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import HashMemo, fingerprint
 from storage.remote import require_local
+from storage.stores import whole_bytes
 from storage.writer import save_info
 
 if TYPE_CHECKING:
@@ -469,9 +470,10 @@ def quiet_transformers() -> None:
 def _cache_cost(job: TeacherJob) -> dict[str, Any]:
     tokens = job.layout.blocks * job.layout.block_length
     size, log = stored(job), measured(job.root)
+    everything = size.bytes + whole_bytes(job.root)
     return {
         "parameters": parameters(job.folder, f"teachers.{job.name}.model"),
-        "bytes": size.bytes, "tokens": tokens, "bytes_per_token": size.bytes / tokens,
+        "bytes": everything, "tokens": tokens, "bytes_per_token": everything / tokens,
         "arrays": {name: n / tokens for name, n in size.arrays.items()},
         "tokens_per_second": log.tokens / log.seconds if log else None,
         "peak_bytes": log.peak_bytes if log else None, "device": log.device if log else None,

@@ -81,8 +81,11 @@ def load_rows(source: SourceOptions, key: str) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        why = "it is empty" if isinstance(cause, StopIteration) else (
+            f"{type(cause).__name__}: {str(cause).strip()[:300]}"
+        )  # fmt: skip
         raise CorpusError(
-            f"the source cannot be read: {type(cause).__name__}: {str(cause).strip()[:300]}",
+            f"the source cannot be read: {why}",
             where=f"{key}: {source.path}",
             todo=f"check that it is {source.format!r}, that it exists and is not damaged",
         ) from error

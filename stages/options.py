@@ -92,6 +92,13 @@ class TeacherOptions(Options):
     )
     batch_blocks: Count = Field(4, description="Blocks of one forward pass.")
 
+    @field_validator("feature_layers")
+    @classmethod
+    def _distinct(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(layers)) != len(layers):
+            raise ValueError("a layer is named twice")
+        return layers
+
 
 class StoreOptions(Options):
     """What is kept of every teacher's distribution."""

@@ -138,8 +138,14 @@ class Packer:
         ours = np.isin(listed.prefixes, prefixes)
         manifest.require_prefixes(
             self.root, listed, np.where(ours, listed.prefixes, prefixes[-1]),
-            "restore the sources they were made from, or delete the manifests of that fingerprint: "
-            "an append of other sources, not finished, leaves such",
+            "restore the sources they were made from"
+            + (
+                ", or delete the manifests of that fingerprint: an append of other sources, not "
+                "finished, leaves such"
+                if len(self.plan) > 1
+                else ": where this corpus had grown, and corpus.json and begun.json are both lost, only "
+                "a copy of one of them tells how; else name another corpus_dir"
+            ),
         )  # fmt: skip
         # Parts that follow a gap are packed again: only what precedes them says where they begin.
         done = int((listed.parts == np.arange(len(listed))).sum())

@@ -131,12 +131,12 @@ def _job(
             "preset": store.preset,
             **layout.codecs.to_dict(),
             "temperatures": list(store.temperatures),
-            "segments": store.segments,
+            "segments": layout.segments,  # 1 where nothing is pooled
             "feature_layers": list(options.feature_layers),
         },
     }
     require_identity(root, identity, layout)
-    done = manifest.done_parts(root, owners(identity, layout))
+    done = manifest.done_parts(root, owners(identity, layout), layout.parts)
     pending = np.setdiff1d(np.arange(layout.parts), done, assume_unique=True)
     return TeacherJob(
         name, options, folder, root, identity, layout, tuple(done.tolist()), tuple(pending.tolist())

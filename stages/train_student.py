@@ -41,6 +41,7 @@ from stages.schedule import alpha_at, lr_share
 from stages.stop import StopSignals, names
 from stages.stream import shared_out, steps_of_batches
 from stages.student import DistilledStudent, StepLoss
+from storage.blocks import require_targets
 from storage.errors import CorpusError, ScholiastError, Stopped
 
 
@@ -81,6 +82,7 @@ class Trainer:
                 "there are no training blocks", where="corpus.sources",
                 todo="give at least one source with split: train",
             )  # fmt: skip
+        require_targets(reader.corpus, run.train_blocks)
         options = run.train
         self.run, self.student, self.tokenizer = run, student, tokenizer
         self.reader, self.evaluation = reader, evaluation

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage import durable, manifest
-from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
+from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard, unreadable
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.generations import Generation, part_of, part_range, parts_until
 from storage.remote import RemotePath, Root, open_object
@@ -225,6 +225,9 @@ def load_info(root: Root) -> CorpusInfo | None:
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        todo = "run `scholiast repair`; finished parts are kept"
+        raise unreadable("corpus.json", error, path, todo) from error
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
@@ -318,12 +321,31 @@ class BlockReader:
         return blocks
 
 
+def require_targets(reader: BlockReader, ranges: Sequence[tuple[int, int]]) -> None:
+    """Refuses blocks of which no row is scored; reads until one is, mostly in the first.
+
+    Args:
+        ranges: (first block, how many).
+
+    Raises:
+        CorpusError: nothing could be learned from them.
+    """
+    for first, count in ranges:
+        for block in range(first, first + count):
+            if reader.read([block]).scored.any():
+                return
+    raise CorpusError(
+        "no row of the training blocks has a target", where="corpus.sources",
+        todo="give documents of two tokens or more, and chats with a message to be learned",
+    )  # fmt: skip
+
+
 def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     path = root / object_name(part)
     vouched = manifest.load(root, part, identity_fingerprint)
     missing = MissingShard(
         "a part of the corpus is missing", where=path,
-        todo="delete corpus.json in this folder and run `scholiast prepare` again",
+        todo="run `scholiast repair` and then `scholiast prepare`",
     )  # fmt: skip
     if vouched is None:
         raise missing
@@ -336,7 +358,7 @@ def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     if bytes_sha256(data) != digest:
         raise CorruptShard(
             "a part of the corpus has bytes that were not written there", where=path,
-            todo="delete this file, its manifest and corpus.json, and run `scholiast prepare` again",
+            todo="run `scholiast repair` and then `scholiast prepare`: that part is made anew",
         )  # fmt: skip
     batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
 

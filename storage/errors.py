@@ -31,8 +31,8 @@ class ScholiastError(Exception):
         lines = [what]
         if self.where:
             lines.append(f"  where:     {self.where}")
-        if expected is not None or found is not None:
-            lines += [f"  expected:  {expected}", f"  found:     {found}"]
+        sides = {"expected:  ": expected, "found:     ": found}
+        lines += [f"  {side}{value}" for side, value in sides.items() if value is not None]
         if todo:
             lines.append(f"  to do:     {todo}")
         super().__init__("\n".join(lines))
@@ -74,6 +74,12 @@ class MissingShard(ScholiastError):
 
 class CorruptShard(ScholiastError):
     """A file's bytes are not those that were written."""
+
+
+def unreadable(what: str, error: OSError, where: object, todo: str = "") -> CorruptShard:
+    """Returns the error of a file that is there and cannot be read: a directory, a failing disk."""
+    reason = error.strerror or type(error).__name__
+    return CorruptShard(f"{what} cannot be read: {reason}", where=where, todo=todo)
 
 
 class DiskFull(ScholiastError):

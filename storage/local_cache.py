@@ -97,7 +97,8 @@ class LocalCache:
                     raise CorruptShard(
                         "an object of the store has bytes that were not written there", where=where,
                         expected=f"{size} bytes, sha256 {digest[:16]}", found=f"{found} bytes",
-                        todo="put the file there again: run `scholiast push` from the original",
+                        todo="put the file there again: run `scholiast push --verify` from the "
+                        "original",
                     )  # fmt: skip
 
     def _make_room(self, size: int) -> None:

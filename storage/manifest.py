@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage import durable
-from storage.errors import CorruptShard, MissingShard, StaleCache
+from storage.errors import CorruptShard, MissingShard, StaleCache, unreadable
 from storage.fingerprint import canonical_json, file_sha256, fingerprint
 from storage.remote import RemotePath, Root
 from storage.types import Int64
@@ -39,7 +39,10 @@ REMOTE_SAMPLE = 32
 _DIGITS = 19  # of a part's number: fewer fit into int64
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
 
-REDO = "delete this manifest and run the same command again: that part alone is made anew"
+REDO = (
+    "run `scholiast repair`, which drops that part alone, and then `scholiast cache-teachers` (of a "
+    "corpus: `scholiast prepare`), which makes it anew"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Listing:
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def until(self, part: int) -> Listing:
+        """Returns the manifests of the parts before one."""
+        end = int(np.searchsorted(self.parts, part))
+        return Listing(self.parts[:end], self.prefixes[:end])
 
 
 def listing(root: Root) -> Listing:
@@ -134,13 +142,16 @@ class Owners:
         return known[np.searchsorted(self.first_parts, parts, side="right") - 1]
 
 
-def done_parts(root: Root, owners: Owners) -> Int64:
+def done_parts(root: Root, owners: Owners, parts: int) -> Int64:
     """Returns the parts whose manifests stand, int64 and ascending, from the listing alone.
+
+    Args:
+        parts: how many there are; manifests beyond are not counted (an append's that is under way).
 
     Raises:
         StaleCache: a part was made from something else.
     """
-    listed = listing(root)
+    listed = listing(root).until(parts)
     todo = "choose another folder, or delete this one to make it anew"
     require_prefixes(root, listed, owners.prefixes(listed.parts), todo)
     return listed.parts
@@ -181,9 +192,8 @@ def sampled(root: Root, parts: Sequence[int], owners: Owners) -> Iterator[tuple[
     picked = np.unique(np.linspace(0, len(parts) - 1, min(len(parts), most)).round())
     for part in (parts[int(i)] for i in picked):
         path = path_of(root, part, owners.of(part))
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        data = _bytes(path)
+        if data is None:
             continue
         yield _of_name(parse(path, data), path, part, owners.of(part)), len(data)
 
@@ -235,13 +245,19 @@ def read(path: Root) -> Manifest | None:
     """Returns the manifest at a path, whatever it is of; None if there is none.
 
     Raises:
-        CorruptShard: its own checksum does not hold.
+        CorruptShard: its own checksum does not hold, or it cannot be read.
     """
+    data = _bytes(path)
+    return None if data is None else parse(path, data)
+
+
+def _bytes(path: Root) -> bytes | None:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         return None
-    return parse(path, data)
+    except OSError as error:
+        raise unreadable("a manifest", error, path, REDO) from error
 
 
 def parse(path: Root, data: bytes) -> Manifest:
@@ -282,7 +298,6 @@ def finished(root: Root, part: int, expected: str) -> Manifest | None:
     manifest = load(root, part, expected)
     if manifest is None or isinstance(root, RemotePath):
         return manifest
-    redo = REDO.replace("this manifest", str(path_of(root, part, expected)))
     for name, (size, _) in manifest.objects.items():
         path = root / name
         try:
@@ -290,12 +305,12 @@ def finished(root: Root, part: int, expected: str) -> Manifest | None:
         except FileNotFoundError:
             raise MissingShard(
                 "a file that its manifest vouches for is missing",
-                where=path, todo=redo,
+                where=path, todo=REDO,
             ) from None  # fmt: skip
         if found != size:
             raise CorruptShard(
                 "a file has not the size that its manifest states",
                 where=path, expected=f"{size} bytes", found=f"{found} bytes",
-                todo=redo,
+                todo=REDO,
             )  # fmt: skip
     return manifest

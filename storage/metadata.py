@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from storage import durable
-from storage.errors import CorruptShard
+from storage.errors import CorruptShard, unreadable
 from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, create_group
 from storage.orders import NEAR, IdOrders
@@ -51,19 +51,20 @@ def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, 
     """
     problems = {}
     for name, expected in group_metadata(layout, orders).items():
-        if name == LEVELS:
-            if not (root / name).exists() or (root / name).read_bytes() != expected:
-                problems[name] = "the table of levels is not the codec's"
-            continue
+        what = "the table of levels" if name == LEVELS else "the array's metadata"
         try:
-            found = canonical_json(json.loads((root / name).read_bytes()))
+            found = (root / name).read_bytes()
+            if name != LEVELS:
+                found, expected = (canonical_json(json.loads(x)) for x in (found, expected))
         except FileNotFoundError:
-            problems[name] = "the array's metadata are missing"
+            problems[name] = f"{what}: the file is missing"
+        except OSError as error:
+            problems[name] = unreadable(what, error, name).what
         except ValueError:
-            problems[name] = "the array's metadata are no JSON"
+            problems[name] = f"{what}: no JSON"
         else:
-            if found != canonical_json(json.loads(expected)):
-                problems[name] = "the array's metadata are not those that its layout makes"
+            if found != expected:
+                problems[name] = f"{what} differ from what the layout makes"
     return problems
 
 

@@ -1,22 +1,26 @@
 """A finished corpus or cache → a remote store, in the order of commit.
 
 Each part's objects go before its manifest, and cache.json or corpus.json goes last: what a reader
-finds vouched for is there. A part whose manifest stands in the store with the same bytes is skipped,
-so a copy that was stopped goes on where it was.
+finds vouched for is there. What stands in the store with the same manifest and the same sizes is not sent
+again, so a copy that was stopped goes on where it was, and one that lost files is mended. Sizes come
+from one listing (a request for a thousand objects); that bytes are right only reading them tells, which
+is done if asked for.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage import manifest
 from storage.errors import CorruptShard, MissingShard
 from storage.fingerprint import file_sha256
-from storage.layout import GROUP
+from storage.metadata import require_metadata
 from storage.remote import RemotePath
+from storage.stores import whole_files
+from storage.tables import digest, load_orders
 from storage.writer import open_cache
 
 _LAST = ("cache.json", "corpus.json")
@@ -24,76 +28,113 @@ _THREADS = 8
 
 
 def push(
-    root: Path, owners: manifest.Owners, target: RemotePath, tell: Callable[[int], None]
-) -> int:
+    root: Path, owners: manifest.Owners, parts: int, target: RemotePath, tell: Callable[[int], None],
+    verify: bool = False,
+) -> int:  # fmt: skip
     """Copies a corpus or a cache; returns the bytes sent.
 
     Args:
         root: the local folder.
-        owners: which fingerprint each part's manifest carries.
+        owners, parts: which fingerprint each part's manifest carries; how many parts there are.
         target: where to.
         tell: called after each part with its bytes, sent or skipped.
+        verify: also read what stands in the store, and send again what has other bytes.
 
     Raises:
-        MissingShard, CorruptShard: a local file is not what its manifest vouches for.
+        MissingShard, CorruptShard: a local file is not what its manifest vouches for; a cache's orders
+            of ids or its Zarr metadata are damaged.
         RemoteError, ConfigError: of the store.
     """
-    there, sent = set((target / "manifests").names()), 0
-    listed = manifest.parse_names(there)
+    orders, copy = _require_sound(root), _Copy(root, target, target.sizes(), verify)
+    listed = manifest.parse_names(
+        name.removeprefix("manifests/") for name in copy.sizes if name.startswith("manifests/")
+    )
     manifest.require_prefixes(
         target, listed, owners.prefixes(listed.parts),
         "push to another place, or empty this one first: it holds something else",
     )  # fmt: skip
+    sent = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for part in manifest.done_parts(root, owners).tolist():
-            sent += _push_part(root, owners.of(part), part, target, there, tell, pool)
-    for name in [*_small_files(root), *_LAST]:
+        for part in manifest.done_parts(root, owners, parts).tolist():
+            sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
+    for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
             (target / name).write(root / name)
             sent += (root / name).stat().st_size
     return sent
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """A folder on its way to a store.
+
+    Attributes:
+        root, target: from where, to where.
+        sizes: bytes of what the store has, by path below the target.
+        verify: whether bytes are compared as well.
+    """
+
+    root: Path
+    target: RemotePath
+    sizes: dict[str, int]
+    verify: bool
+
+    def stands(self, name: str, size: int, sha256: str) -> bool:
+        """Returns whether the store has an object as its manifest states it."""
+        if self.sizes.get(name) != size:
+            return False
+        return not self.verify or (self.target / name).sha256() == sha256
+
+    def send(self, name: str, size: int, sha256: str) -> int:
+        """Sends one object unless it stands; returns the bytes sent."""
+        if self.stands(name, size, sha256):
+            return 0
+        _require_whole(self.root / name, size, sha256)
+        (self.target / name).write(self.root / name)
+        return size
+
+
 def _push_part(
-    root: Path, owner: str, part: int, target: RemotePath, there: set[str],
-    tell: Callable[[int], None], pool: ThreadPoolExecutor,
+    copy: _Copy, owner: str, part: int, orders: str | None, tell: Callable[[int], None],
+    pool: ThreadPoolExecutor,
 ) -> int:  # fmt: skip
-    """Copies one part; returns the bytes sent, 0 if it was there."""
+    """Copies one part; returns the bytes sent, 0 if all was there."""
+    root = copy.root
     vouched = manifest.load(root, part, owner)
     assert vouched is not None  # it was listed a moment ago
-    name = f"manifests/{manifest.path_of(root, part, owner).name}"
-    size = sum(n for n, _ in vouched.objects.values())
-    tell(size)
-    own = (root / name).read_bytes()
-    if Path(name).name in there and (target / name).read_bytes() == own:
-        return 0
-
-    def send(item: tuple[str, tuple[int, str]]) -> None:
-        _require_whole(root / item[0], *item[1])
-        (target / item[0]).write(root / item[0])
-
-    list(pool.map(send, vouched.objects.items()))
-    (target / name).write(root / name)
-    return size + len(own)
+    path = root / "manifests" / manifest.path_of(root, part, owner).name
+    if orders is not None and vouched.carry.get("orders") != orders:
+        raise CorruptShard("a part was written with other orders of ids", where=path, todo=_TODO)
+    tell(sum(n for n, _ in vouched.objects.values()))
+    sent = sum(pool.map(lambda item: copy.send(item[0], *item[1]), vouched.objects.items()))
+    name, own = f"manifests/{path.name}", path.read_bytes()
+    if name in copy.sizes and (copy.target / name).read_bytes() == own:
+        return sent
+    (copy.target / name).write(path)
+    return sent + len(own)
 
 
-def _require_whole(path: Path, size: int, digest: str) -> None:
-    todo = "run `scholiast verify`, mend what it finds, and push again"
-    if not path.exists():
-        raise MissingShard("a file that its manifest vouches for is missing", where=path, todo=todo)
-    if path.stat().st_size != size or file_sha256(path) != digest:
-        raise CorruptShard("a file has bytes that were not written there", where=path, todo=todo)
+_TODO = "run `scholiast verify`, mend what it finds, and push again"
 
 
-def _small_files(root: Path) -> Iterator[str]:
-    """Yields what no manifest vouches for: Zarr's metadata, orders of ids, log, begun.json."""
+def _require_sound(root: Path) -> str | None:
+    """Refuses a cache of which what no manifest vouches for is damaged; returns its orders' digest."""
     opened = open_cache(root)
-    shards = {root / GROUP / name / "c" for name in opened[1].arrays()} if opened else set()
-    skipped = {root / "manifests", root / "blocks", *shards}
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = sorted(n for n in folders if here / n not in skipped and n[0] != ".")
-        for name in sorted(names):
-            path = (here / name).relative_to(root).as_posix()
-            if name[0] != "." and not name.endswith(".tmp") and path not in _LAST:
-                yield path
+    if opened is None:
+        return None
+    orders = load_orders(root, opened[1])
+    if digest(load_orders(root, opened[1], spare=True)) != digest(orders):
+        raise CorruptShard(
+            "the orders of ids and their spare copy differ", where=root / "spare", todo=_TODO
+        )
+    require_metadata(root, opened[1], orders)
+    return digest(orders)
+
+
+def _require_whole(path: Path, size: int, sha256: str) -> None:
+    if not path.exists():
+        raise MissingShard(
+            "a file that its manifest vouches for is missing", where=path, todo=_TODO
+        )
+    if path.stat().st_size != size or file_sha256(path) != sha256:
+        raise CorruptShard("a file has bytes that were not written there", where=path, todo=_TODO)

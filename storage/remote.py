@@ -10,6 +10,7 @@ directly, and nothing is copied. Endpoint and credentials come from where the dr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,6 +74,23 @@ class RemotePath:
             return [name.rstrip("/").rsplit("/", 1)[1] for name in listed]
         return []
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of every file at or below the folder, by its path relative to it."""
+        with contextlib.suppress(FileNotFoundError):
+            inside = _inside(self.url).rstrip("/") + "/"
+            found = self.call(lambda store, path: store.find(path, detail=True))
+            return {name.removeprefix(inside): int(of["size"]) for name, of in found.items()}
+        return {}
+
+    def sha256(self) -> str:
+        """Returns the sha256 of the file's bytes, all of which are read."""
+
+        def digest(store: Any, path: str) -> str:
+            with store.open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return self.call(digest)
+
     def opened(self, size: int, digest: str) -> int:
         """Returns a file descriptor of the object's copy, fetched and checked if it is not here.
 
@@ -89,7 +107,8 @@ class RemotePath:
         except FileNotFoundError:
             raise MissingShard(
                 "an object that its manifest vouches for is missing from the store", where=self,
-                todo="put the file there again: run `scholiast push` from the original",
+                todo="put the file there again: run `scholiast push --verify` from the "
+                "original",
             ) from None  # fmt: skip
 
     def fetch(self, size: int, digest: str) -> None:

@@ -8,17 +8,16 @@ No stage one may be writing to the same folder.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from storage import durable
-from storage.blocks import CorpusInfo, load_begun, save_begun
+from storage.blocks import save_begun
 from storage.metadata import rewrite_metadata
-from storage.stores import BEGUN, CORPUS, INFO, Problem, Store
-from storage.tables import order_paths, restore
-from storage.verify import Report
+from storage.stores import BEGUN, CORPUS, INFO, Problem, Store, generations_of
+from storage.tables import digest, order_paths, restore
+from storage.verify import Report, empty_temporaries
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,15 @@ def plan_repair(report: Report, clean: bool = False) -> list[Action]:
     """
     store, actions = report.store, list[Action]()
     redo = sorted({p.part for p in report.problems if p.mend == "redo" and p.part is not None})
+    if any(p.path == BEGUN and p.mend == "rewrite" for p in report.problems):
+        # First: corpus.json dropped, nothing else tells what the parts were made from.
+        actions.append(Action("write", BEGUN, "follows from corpus.json"))
     if store.kind == CORPUS and redo and store.info is not None:
-        # Dropped, it would no longer tell what the other parts were made from. An append that is
-        # under way has said so already, and more.
-        begun, own = load_begun(store.root), _generations(store.info)
-        if begun is None or begun[1][: len(own)] != own:
-            actions.append(Action("write", BEGUN, "what the parts were made from"))
         actions.append(Action("delete", INFO[CORPUS], "vouches for all parts"))
     for problem in report.problems:
         if problem.mend == "restore":
             actions.append(Action("write", problem.path, "its other copy is sound"))
-        elif problem.mend == "rewrite":
+        elif problem.mend == "rewrite" and problem.path != BEGUN:
             actions.append(Action("write", problem.path, "follows from the layout"))
         elif problem.mend == "drop" and (store.root / problem.path).exists():
             actions.append(Action("delete", problem.path, problem.what))
@@ -79,8 +76,9 @@ def repair(report: Report, clean: bool = False) -> list[Action]:
             _delete(report.store.root / action.path)
         else:
             _write(report.store, action.path)
-    if clean:
-        _remove_empty_temporaries(report)
+    if clean and report.store.known:
+        for folder in empty_temporaries(report.store.root):  # their files are gone now
+            _delete(folder)
     return actions
 
 
@@ -94,16 +92,14 @@ def _there(store: Store, path: str) -> bool:
 
 
 def _write(store: Store, path: str) -> None:
+    if (store.root / path).is_dir():  # where a file should be
+        shutil.rmtree(store.root / path)
     if path == BEGUN and store.info is not None:
-        save_begun(store.root, store.info.identity, _generations(store.info))
+        save_begun(store.root, store.info.identity, generations_of(store.info))
     elif store.layout is not None and path in order_paths():
-        restore(store.root, store.layout)
+        restore(store.root, store.layout, digest(store.orders) if store.orders else None)
     elif store.layout is not None and store.orders is not None:
         rewrite_metadata(store.root, store.layout, store.orders, path)
-
-
-def _generations(info: CorpusInfo) -> list[tuple[int, str]]:
-    return [(generation.sources, generation.identity) for generation in info.generations]
 
 
 def _delete(path: Path) -> None:
@@ -111,13 +107,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     durable.fsync_folder(path.parent)
-
-
-def _remove_empty_temporaries(report: Report) -> None:
-    """Takes away the folders of half-made groups, once their files are gone."""
-    for leftover in report.leftovers:
-        folder = (report.store.root / leftover.path).parent
-        while folder != report.store.root and ".tmp" in str(folder.relative_to(report.store.root)):
-            with contextlib.suppress(OSError):  # not empty: a file in it was not ours
-                folder.rmdir()
-            folder = folder.parent

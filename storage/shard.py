@@ -8,6 +8,7 @@ where a block has several; both are tested.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,14 @@ from pcodec import standalone
 
 from storage.errors import CorruptShard, MissingShard
 from storage.layout import ArraySpec, pcodec
-from storage.remote import Root, open_object
+from storage.remote import RemotePath, Root, open_object
 from storage.types import AnyArray
 
 _MISSING = 2**64 - 1
+_HASHED: set[int] = set()
+"""What this process has hashed: of each file's device, inode, size, time of change and sha256, 64 bits.
+A shard that is opened again after others took its descriptor is not hashed again."""
+_MOST_HASHED = 1 << 20  # 60 MB
 _RESIDUE = 0x48674BC7
 """The crc32c of any bytes followed by their own crc32c, little-endian."""
 
@@ -32,7 +37,8 @@ class Shard:
     Args:
         path: of the shard.
         part: which it is of, for messages.
-        vouched: (bytes, sha256) by its manifest, by which a remote shard is fetched.
+        vouched: (bytes, sha256) by its manifest, by which a remote shard is fetched, and a local one
+            checked when a process first opens it.
 
     Raises (on construction):
         MissingShard, CorruptShard
@@ -43,18 +49,34 @@ class Shard:
     ) -> None:
         self.path, self.spec = path, spec
         self._todo = (
-            f"delete manifests/{part:06d}-*.json of this cache and run `scholiast cache-teachers` "
-            "again: that part alone is made anew"
+            "run `scholiast repair` and then `scholiast cache-teachers`: "
+            f"part {part} alone is made anew"
         )
         try:
             self._fd = open_object(path, *vouched)
         except FileNotFoundError:
             raise MissingShard("a shard is missing", where=path, todo=self._todo) from None
+        if vouched[1] and not isinstance(path, RemotePath):  # what is fetched is checked there
+            self._require_bytes(*vouched)
         self._index = self._read_index(spec.chunks_per_shard)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "_fd"):
             close(self._fd)  # at exit the module `os` may be gone
+
+    def _require_bytes(self, size: int, sha256: str) -> None:
+        """Refuses a sound shard of another part or array: its crc32c hold, wherever it lies."""
+        stat = os.fstat(self._fd)
+        seen = hash((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256))
+        if seen in _HASHED:
+            return
+        with open(self._fd, "rb", buffering=0, closefd=False) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256 or stat.st_size != size:
+            raise self._corrupt("a shard's sha256 is not the one in its manifest")
+        if len(_HASHED) >= _MOST_HASHED:
+            _HASHED.clear()
+        _HASHED.add(seen)
 
     def _read_index(self, entries: int) -> list[int]:
         """Returns offset and bytes of each chunk, in turn; all lie before the index."""

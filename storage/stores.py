@@ -3,9 +3,13 @@ has, which files each part consists of."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,18 +17,20 @@ import numpy as np
 
 from storage import manifest
 from storage.blocks import CorpusInfo, load_begun, load_info, object_name
-from storage.errors import CorruptShard, ScholiastError
+from storage.errors import CorruptShard, ScholiastError, unreadable
 from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, order_names, shard_name
 from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
 from storage.orders import IdOrders
-from storage.tables import digest, load_orders, spare_name
+from storage.remote import RemotePath, Root
+from storage.tables import altered_orders, sound_orders
 from storage.writer import open_cache, owners
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
 BEGUN = "begun.json"
+_ASKED = 32  # manifests that tell with which orders of ids the parts were written
 MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
 
 Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
@@ -115,6 +121,31 @@ def kind_of(root: Path) -> str | None:
     return CORPUS if (root / "blocks").is_dir() and (root / "manifests").is_dir() else None
 
 
+def whole_files(root: Path) -> Iterator[str]:
+    """Yields what no manifest vouches for: identity, Zarr's metadata, orders of ids and their copies,
+    log, begun.json; no temporary files."""
+    skipped = {root / "manifests", root / "blocks"}
+    try:
+        opened = open_cache(root)
+    except ScholiastError:
+        opened = None
+    if opened:
+        skipped |= {root / GROUP / name / "c" for name in opened[1].arrays()}
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(n for n in folders if here / n not in skipped and n[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and not name.endswith(".tmp"):
+                yield (here / name).relative_to(root).as_posix()
+
+
+def whole_bytes(root: Root) -> int:
+    """Returns the bytes of these files; of a remote root 0, for asking takes a request each."""
+    if isinstance(root, RemotePath):
+        return 0
+    return sum((root / name).stat().st_size for name in whole_files(root))
+
+
 def find_stores(root: Path) -> dict[str, Path]:
     """Returns the caches and corpora at or below a folder (two levels down), by name.
 
@@ -154,7 +185,7 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
         if not problems and bare.listed():
             problems.append(Problem(None, name, "cache.json is missing", "drop"))
         return Store(root, CACHE, _listed_owners(root)), problems
-    orders = _orders(root, opened[1], problems)
+    orders = _orders(root, opened[1], owners(*opened), problems)
     store = Store(root, CACHE, owners(*opened), opened[1], None, orders)
     if orders is not None:
         altered = altered_metadata(root, opened[1], orders)
@@ -162,28 +193,34 @@ def _open_cache(root: Path) -> tuple[Store, list[Problem]]:
     return store, problems + not_canonical(root, name, "drop")
 
 
-def _orders(root: Path, layout: Layout, problems: list[Problem]) -> IdOrders | None:
-    """Returns the orders of ids, or their spare copy; adds to `problems` what is wrong with either."""
-    found: list[IdOrders] = []
-    for spare in (False, True):
-        try:
-            found.append(load_orders(root, layout, spare))
-        except ScholiastError as error:
-            path = Path(error.where or root).relative_to(root).as_posix()
-            problems.append(Problem(None, path, error.what, "restore"))
-    if not found:
-        lost = [p for p in problems if p.mend == "restore"]
-        problems[:] = [p for p in problems if p.mend != "restore"]
+def _orders(
+    root: Path, layout: Layout, owners: manifest.Owners, problems: list[Problem]
+) -> IdOrders | None:
+    """Returns the orders of ids with which the parts were written, from either copy; adds to
+    `problems` what is wrong with any of their files."""
+    found = sound_orders(root, layout, _carried(root, owners))
+    if found is None:
         lose = (
             "; its other copy is lost too: delete this cache's folder and cache the teacher again"
         )
-        problems += [replace(p, mend="none", what=p.what + lose) for p in lost]
+        lost = altered_orders(root, order_names())
+        problems += [Problem(None, path, what + lose, "none") for path, what in lost.items()]
         return None
-    if len(found) == 2 and digest(found[0]) != digest(found[1]):
-        problems.append(
-            Problem(None, spare_name(order_names()[0]), "a spare copy of other orders", "restore")
-        )
+    altered = altered_orders(root, found[1])
+    problems += [Problem(None, path, what, "restore") for path, what in altered.items()]
     return found[0]
+
+
+def _carried(root: Path, owners: manifest.Owners) -> str | None:
+    """Returns the digest of orders that most of the parts' manifests carry (of some of them)."""
+    listed = manifest.listing(root)
+    own = listed.parts[listed.prefixes == owners.prefixes(listed.parts)]
+    found: Counter[str] = Counter()
+    for part in own[:: max(1, len(own) // _ASKED)].tolist():
+        with contextlib.suppress(ScholiastError):
+            if one := manifest.load(root, part, owners.of(part)):
+                found[str(one.carry.get("orders"))] += 1
+    return found.most_common(1)[0][0] if found else None
 
 
 def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
@@ -197,7 +234,7 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
         return Store(root, CORPUS, known=False), [Problem(None, name, error.what, "none")]
     if info is not None:
         store = Store(root, CORPUS, info.owners, None, info)
-        return store, problems + not_canonical(root, name, "drop")
+        return store, [*_begun(root, info), *not_canonical(root, name, "drop")]
     # Not complete: begun.json, which carries no checksum, must be what the parts were made from.
     begun, owners = load_begun(root), _listed_owners(root)
     known = {owner for _, owner in begun[1]} if begun else set[str]()
@@ -207,11 +244,29 @@ def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:
     return Store(root, CORPUS, owners), problems
 
 
+def generations_of(info: CorpusInfo) -> list[tuple[int, str]]:
+    """Returns what begun.json states of a complete corpus's generations."""
+    return [(generation.sources, generation.identity) for generation in info.generations]
+
+
+def _begun(root: Path, info: CorpusInfo) -> list[Problem]:
+    """Finds a begun.json that is not corpus.json's: should that one be lost, nothing else tells what
+    the parts were made from. An append that is under way has added generations to it."""
+    begun, own = load_begun(root), generations_of(info)
+    if begun is None or begun[1][: len(own)] != own:
+        what = "begun.json is missing, or not what the parts were made from"
+        return [Problem(None, BEGUN, what, "rewrite")]
+    return not_canonical(root, BEGUN, "rewrite")
+
+
 def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) -> list[Problem]:
     """Finds what a JSON parser passes over: bytes that are not the canonical text."""
-    data = (root / name).read_bytes()
-    if canonical_json(json.loads(data)) == data:
-        return []
+    try:
+        data = (root / name).read_bytes()
+        if canonical_json(json.loads(data)) == data:
+            return []
+    except OSError as error:
+        return [Problem(part, name, unreadable("the file", error, name).what, mend)]
     return [Problem(part, name, "the file's bytes are not those that were written", mend)]
 
 

@@ -7,7 +7,11 @@ other orders than they were written with.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -15,7 +19,7 @@ import numpy as np
 from pcodec import standalone
 
 from storage import durable
-from storage.errors import CorruptShard, MissingShard
+from storage.errors import CorruptShard, MissingShard, ScholiastError, unreadable
 from storage.layout import Layout, order_names
 from storage.orders import NEAR, IdOrders
 from storage.remote import Root
@@ -50,6 +54,44 @@ def load_orders(root: Root, layout: Layout, spare: bool = False) -> IdOrders:
         MissingShard, CorruptShard: a file is gone or has other bytes than were written.
     """
     names = [spare_name(name) if spare else name for name in order_names()]
+    return _load(root, layout, names)
+
+
+def sound_orders(
+    root: Path, layout: Layout, carried: str | None
+) -> tuple[IdOrders, list[str]] | None:
+    """Returns the cache's orders and the files they come from, or None where they are lost.
+
+    Each of the two has two copies. Of those that can be read the pair is taken with which the parts
+    were written: orders of another cache are as readable.
+
+    Args:
+        carried: the digest in the parts' manifests, if there are any; without it, or where no pair has
+            it, the first readable pair is taken.
+    """
+    found: list[tuple[IdOrders, list[str]]] = []
+    for names in itertools.product(*((name, spare_name(name)) for name in order_names())):
+        with contextlib.suppress(ScholiastError):
+            found.append((_load(root, layout, list(names)), list(names)))
+    right = [pair for pair in found if digest(pair[0]) == carried]
+    return next(iter([*right, *found]), None)
+
+
+def altered_orders(root: Path, sources: Sequence[str]) -> dict[str, str]:
+    """Returns which of the four files differ from those to go by: path → one sentence."""
+    problems = {}
+    for name, source in zip(order_names(), sources, strict=True):
+        for path in (name, spare_name(name)):
+            try:
+                read_table(root / path)
+                if (root / path).read_bytes() != (root / source).read_bytes():
+                    problems[path] = "other orders of ids than the parts were written with"
+            except ScholiastError as error:
+                problems[path] = error.what
+    return problems
+
+
+def _load(root: Root, layout: Layout, names: Sequence[str]) -> IdOrders:
     near, far = (read_table(root / name) for name in names)
     depth = min(NEAR, layout.vocab_size)
     if near.size % depth or max(near.max(), far.max()) >= layout.vocab_size:
@@ -75,6 +117,8 @@ def read_table(path: Root) -> AnyArray:
         data = path.read_bytes()
     except FileNotFoundError:
         raise MissingShard("the orders of ids are missing", where=path, todo=_TODO) from None
+    except OSError as error:
+        raise unreadable("the orders of ids", error, path, _TODO) from error
     body, stored = data[:-4], int.from_bytes(data[-4:], "little")
     if not body or google_crc32c.value(body) != stored:
         raise _corrupt(path, "the orders of ids fail their crc32c")
@@ -85,8 +129,11 @@ def read_table(path: Root) -> AnyArray:
     return values
 
 
-def restore(root: Path, layout: Layout) -> list[Path]:
+def restore(root: Path, layout: Layout, carried: str | None = None) -> list[Path]:
     """Puts the sound one of the orders and their spare copy in the other's place.
+
+    Args:
+        carried: the digest of the orders with which the parts were written, if known.
 
     Returns:
         The files written.
@@ -95,25 +142,20 @@ def restore(root: Path, layout: Layout) -> list[Path]:
         MissingShard, CorruptShard: both are damaged.
         DiskFull: no space.
     """
+    found = sound_orders(root, layout, carried)
+    if found is None:
+        load_orders(root, layout)  # says what is wrong
+        raise _corrupt(root / "spare", "the orders of ids are lost")
     written = []
-    for name in order_names():
-        pair = [root / name, root / spare_name(name)]
-        source = pair[0] if _is_whole(pair[0]) else pair[1]
-        data = source.read_bytes() if read_table(source) is not None else b""
-        for path in pair:
+    for name, source in zip(order_names(), found[1], strict=True):
+        data = (root / source).read_bytes()
+        for path in (root / name, root / spare_name(name)):
+            if path.is_dir():  # where a file should be
+                shutil.rmtree(path)
             if not path.exists() or path.read_bytes() != data:
                 durable.write_bytes(path, data)
                 written.append(path)
-    load_orders(root, layout)
     return written
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        read_table(path)
-    except (MissingShard, CorruptShard):
-        return False
-    return True
 
 
 _TODO = "run `scholiast repair`, which restores them from their copy in spare/"

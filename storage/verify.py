@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from storage import manifest
-from storage.blocks import BlockReader
+from storage.blocks import BlockReader, load_begun
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
 from storage.layout import GROUP
@@ -50,7 +50,7 @@ _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$|^\.com
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that nothing vouches for and nothing reads.
+    """A file that nothing vouches for and nothing reads, or a stopped writer's folder without any.
 
     Attributes:
         path: relative to the root.
@@ -129,13 +129,14 @@ def verify(
             tell(len(window), len(parts))
     total = max(parts, default=-1) + 1 if store.parts is None else store.parts
     missing = tuple(np.setdiff1d(np.arange(total), parts).tolist())
+    problems += _strays(store) if store.known else []
     if store.info is not None:  # corpus.json vouches for all of them
         gone = "a manifest is missing, though corpus.json stands"
         problems += [Problem(part, store.path(part), gone, "redo") for part in missing]
         missing = ()
     return Report(
         store, len(parts), objects, size, time.monotonic() - begun, deep, tuple(problems), missing,
-        tuple(_leftovers(store, set(parts))) if store.known else (),
+        tuple(_leftovers(store, set(parts), {p.path for p in problems})) if store.known else (),
     )  # fmt: skip
 
 
@@ -164,6 +165,34 @@ def _check_manifest(store: Store, part: int) -> tuple[Manifest | None, list[Prob
     ):
         return None, [Problem(part, path, "the manifest is of another part", "redo")]
     return found, plain
+
+
+def _strays(store: Store) -> list[Problem]:
+    """Finds manifests beside the right ones: of another fingerprint, or of a part that does not exist.
+
+    Other commands refuse the former. A corpus's append that is under way has said in begun.json which
+    fingerprint its parts carry: these are no problem, and no part of the corpus yet.
+    """
+    if store.owners is None or store.parts is None:
+        return []
+    listed, problems = manifest.listing(store.root), []
+    begun = load_begun(store.root) if store.kind == CORPUS else None
+    coming = {owner[: manifest.PREFIX].encode() for _, owner in begun[1]} if begun else set()
+    coming -= {owner[: manifest.PREFIX].encode() for owner in store.owners.fingerprints}
+    beyond, expected = listed.parts >= store.parts, store.owners.prefixes(listed.parts)
+    for i in np.flatnonzero(beyond | (listed.prefixes != expected)).tolist():
+        part, prefix = int(listed.parts[i]), listed.prefixes[i]
+        path = f"manifests/{part:06d}-{prefix.decode()}.json"
+        if prefix != expected[i]:
+            if path == store.path(part) and not beyond[i]:  # the part's only one: checked as such
+                continue
+            if not (beyond[i] and prefix in coming):
+                what = f"a manifest of something else: fingerprint {prefix.decode()}…"
+                problems.append(Problem(part, path, what, "none"))
+        else:
+            what = f"a manifest of a part that does not exist: there are {store.parts:,}"
+            problems.append(Problem(part, path, what, "drop"))
+    return problems
 
 
 def _check_object(store: Store, job: tuple[int, str, tuple[int, str]]) -> Problem | None:
@@ -214,8 +243,8 @@ def _decode_corpus(store: Store, part: int) -> Problem | None:
     return None
 
 
-def _leftovers(store: Store, parts: set[int]) -> Iterator[Leftover]:
-    known = {INFO[store.kind], *_OTHERS[store.kind], *store.metadata()}
+def _leftovers(store: Store, parts: set[int], bad: set[str]) -> Iterator[Leftover]:
+    known = {INFO[store.kind], *_OTHERS[store.kind], *store.metadata(), *bad}
     if store.kind == CACHE:
         known |= {LEVELS, *order_paths()}
     # A part beyond corpus.json's belongs to an append that is under way; without cache.json nothing
@@ -234,9 +263,20 @@ def _leftovers(store: Store, parts: set[int]) -> Iterator[Leftover]:
             continue  # cannot be told without cache.json
         ours = bool(_TEMPORARY.search(path)) or (named is not None and told and part not in kept)
         yield Leftover(path, (store.root / path).lstat().st_size, ours)
+    for folder in empty_temporaries(store.root):
+        yield Leftover(folder.relative_to(store.root).as_posix(), 0, True)
 
 
 def _names_below(root: Path) -> Iterator[str]:
     for folder, _, names in os.walk(root):
         for name in sorted(names):
             yield Path(folder, name).relative_to(root).as_posix()
+
+
+def empty_temporaries(root: Path) -> list[Path]:
+    """Returns the folders of stopped writers that hold no file (any more), only folders."""
+    return [
+        folder for folder in sorted(root.glob(".*.tmp"))
+        if folder.is_dir() and not folder.is_symlink() and _TEMPORARY.search(folder.name)
+        and not any(names for _, _, names in os.walk(folder))
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from storage import durable, manifest
-from storage.errors import CorruptShard, StaleCache
+from storage.errors import CorruptShard, StaleCache, unreadable
 from storage.fingerprint import canonical_json, describe_differences, fingerprint
 from storage.layout import (
     FORMAT,
@@ -48,6 +48,10 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise unreadable(
+            "cache.json", error, path, "run `scholiast repair`; parts are kept"
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:

@@ -70,7 +70,8 @@ def make_model(
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, **extra,
+        max_position_embeddings=256, tie_word_embeddings=True,
+        **{"initializer_range": 0.2, **extra},
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)

@@ -115,7 +115,7 @@ def resuming(root: Path) -> None:
     """What preparing a corpus asks before it goes on: the listing and the last manifest."""
     info = load_info(root / "corpus")
     assert info is not None
-    done = manifest.done_parts(root / "corpus", info.owners)
+    done = manifest.done_parts(root / "corpus", info.owners, info.parts)
     assert manifest.load(root / "corpus", int(done[-1]), info.owners.of(0)) is not None
 
 

@@ -420,7 +420,7 @@ def test_part_of_another_identity_is_refused(root: Path) -> None:
     """The listing's names tell; and a manifest whose name lies is refused when it is read."""
     other = "f" * 64
     with pytest.raises(StaleCache, match=r"expected:\s+fingerprint ffffffffffff…"):
-        manifest.done_parts(root, manifest.Owners((0,), (other,)))
+        manifest.done_parts(root, manifest.Owners((0,), (other,)), LAYOUT.parts)
     manifest.path_of(root, 0, fingerprint(IDENTITY)).rename(manifest.path_of(root, 0, other))
     with pytest.raises(StaleCache, match="not what its name says"):
         manifest.finished(root, 0, other)
@@ -456,3 +456,39 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     ours = to_bfloat16(values.numpy())
     theirs = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(ours, theirs)
+
+
+def test_swapped_shards_of_one_size_are_refused(root: Path) -> None:
+    """Each is sound by itself, and of the size that its manifest states: only the sha256 tells."""
+    names = [shard_name("entropy", part, 2) for part in (0, 1)]
+    data = [(root / name).read_bytes() for name in names]
+    end = 16 * LAYOUT.arrays()["entropy"].chunks_per_shard + 4
+    for part, own in enumerate(data):  # bytes between chunks and index belong to nothing
+        padding = bytes(max(map(len, data)) - len(own))
+        (root / names[part]).write_bytes(own[:-end] + padding + own[-end:])
+        vouched = manifest.load(root, part, fingerprint(IDENTITY))
+        assert vouched is not None
+        objects = {**vouched.objects, **manifest.describe(root, [names[part]])}
+        with_manifest(root, part, objects=objects)
+    whole = CacheReader(root)
+    for part in (0, 1):
+        whole.array("entropy", np.array([3 * part]))
+    for name, other in ((names[0], "a"), (names[1], names[0]), ("a", names[1])):
+        (root / name).rename(root / other)
+    for part in (0, 1):
+        with pytest.raises(CorruptShard, match="sha256"):
+            CacheReader(root).array("entropy", np.array([3 * part]))
+        assert [p.part for p in verify(root).problems] == [0, 1]
+
+
+def test_a_shard_is_hashed_once_a_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, first = np.arange(7), CacheReader(root).read(np.arange(7))
+    monkeypatch.setattr("hashlib.file_digest", None)  # not asked any more
+    again = CacheReader(root)
+    assert np.array_equal(again.read(blocks).head.ids, first.head.ids)
+    again._shards.clear()  # as if others had taken the descriptors
+    again.read(blocks)
+    path = root / shard_name("entropy", 0, 2)
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(TypeError):
+        CacheReader(root).read(blocks)

@@ -75,7 +75,7 @@ def objects(root: Path) -> dict[str, list[Path]]:
     kinds: dict[str, list[Path]] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root)
-        if name.name in ("log.jsonl", "begun.json"):  # measurements; read only without corpus.json
+        if name.name == "log.jsonl":  # measurements
             continue
         shard = "c" in name.parts
         kind = "/".join(name.parts[: name.parts.index("c")]) if shard else name.parts[0]
@@ -405,6 +405,137 @@ def test_part_without_manifest_is_not_done_and_not_bad(run: Path) -> None:
     report = verify(root)
     assert report.sound and not report.complete and report.missing == (1,)
     assert {x.path for x in report.leftovers} == shards
+
+
+@pytest.mark.parametrize("which", [("near_ids", "far_ids"), ("near_ids",), ("far_ids",)])
+@pytest.mark.parametrize("where", ["notes.zarr", "spare"])
+def test_orders_of_another_cache_are_not_taken_for_this_ones(
+    run: Path, where: str, which: tuple[str, ...]
+) -> None:
+    """Readable all the same; the manifests tell with which orders the parts were written."""
+    root, before = run / "cache/one", digests(run)
+    for name in which:
+        inner = f"notes.zarr/{name}/c/{'0/0' if name == 'near_ids' else '0'}"
+        shutil.copy(
+            run / "cache/two" / inner, root / (inner if where != "spare" else f"spare/{name}")
+        )
+    report = verify(root)
+    assert {p.mend for p in report.problems} == {"restore"} and len(report.problems) == len(which)
+    repair(report)
+    assert digests(run) == before and verify(root).sound
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cache/one/cache.json", "cache/one/notes.zarr/entropy/zarr.json", "cache/one/spare/far_ids",
+     "cache/one/notes.zarr/near_ids/c/0/0", "cache/one/notes.zarr/logprob_levels/c/0",
+     "cache/one/manifests", "corpus/corpus.json", "corpus/manifests"],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_problem_among_others(
+    made: Lab, run: Path, cli: Cli, name: str
+) -> None:
+    """A directory stands for any file that gives no bytes; the other files are checked all the same."""
+    before, path = digests(run), run / name
+    path = min(path.iterdir()) if path.is_dir() else path
+    root = run / "corpus" if name.startswith("corpus") else run / "cache/one"
+    path.unlink()
+    path.mkdir()
+    (path / "in the way").write_bytes(b"")
+    report = verify(root, deep=True)
+    found = path.relative_to(root).as_posix()
+    assert found in {p.path for p in report.problems}, report.problems
+    assert any("cannot be read" in p.what for p in report.problems)
+    assert report.checked == verify(run / "cache/two").checked
+    config = made.write("directory.yaml", run_dir=str(run))
+    for command in ("repair", "cache-teachers", "repair"):
+        assert cli(command, config).exit_code == 0
+    assert digests(run) == before and cli("verify", config).exit_code == 0
+
+
+def test_a_teacher_called_corpus_hides_nothing(made: Lab, run: Path, cli: Cli) -> None:
+    (run / "cache/two").rename(run / "cache/corpus")
+    teachers = {"one": made.config["teachers"]["one"], "corpus": made.config["teachers"]["two"]}
+    config = made.write("corpus.yaml", run_dir=str(run), teachers=teachers)
+    flip(min((run / "corpus/blocks").iterdir()))
+    flip(min((run / "cache/corpus/manifests").iterdir()))
+    stores = json.loads(cli("verify", config, "--json", "-q").output)["stores"]
+    bad = {name: store["kind"] for name, store in stores.items() if not store["sound"]}
+    assert bad == {"corpus": "corpus", "cache/corpus": "cache"} and set(stores) == {"one", *bad}
+    assert set(json.loads(cli("verify", run, "--json", "-q").output)["stores"]) == set(stores)
+
+
+@pytest.mark.parametrize("name", ["corpus", "cache/one"])
+def test_manifests_beside_the_right_ones(made: Lab, run: Path, cli: Cli, name: str) -> None:
+    """One of another fingerprint, which other commands refuse; one of a part that does not exist."""
+    root, before = run / name, digests(run)
+    config = made.write("beside.yaml", run_dir=str(run))
+    own, parts = manifest_of(root, 1), verify(root).checked
+    other, beyond = own.with_name(f"000001-{'f' * 12}.json"), own.name.replace("000001", "000017")
+    shutil.copy(own, other)
+    shutil.copy(own, own.with_name(beyond))
+    report = verify(root)
+    found = {p.path.split("/")[1]: p.mend for p in report.problems}
+    assert found == {other.name: "none", beyond: "drop"} and report.checked == parts
+    assert not report.leftovers
+    repair(report)
+    assert [p.path.split("/")[1] for p in verify(root).problems] == [other.name]
+    other.unlink()
+    assert digests(run) == before
+    shutil.copy(own, own.with_name(beyond))
+    rows = json.loads(cli("status", config, "--json").output)
+    assert all(r["done"] == r["total"] for r in rows[:3]), rows
+
+
+def test_begun_is_held_against_corpus_json(made: Lab, run: Path, cli: Cli) -> None:
+    """Read only where corpus.json is lost: then it must be right, so it is checked before."""
+    root, before = run / "corpus", digests(run)
+    begun = (root / "begun.json").read_bytes()
+    for damaged in (b"", begun[:-9], begun.replace(b'"domain":"y"', b'"domain":"x"'), begun + b" "):
+        (root / "begun.json").write_bytes(damaged)
+        assert [(p.path, p.mend) for p in verify(root).problems] == [("begun.json", "rewrite")]
+        assert cli("repair", run).exit_code == 0
+        assert digests(run) == before
+    (root / "begun.json").unlink()
+    flip(shards_of(root, 1)[0])  # repair drops corpus.json: begun.json has to be there first
+    actions = repair(verify(root))
+    assert [a.path for a in actions[:2]] == ["begun.json", "corpus.json"]
+    assert cli("prepare", made.write("begun.yaml", run_dir=str(run))).exit_code == 0
+    assert digests(run) == before
+
+
+def test_a_grown_corpus_without_its_records_is_not_given_up(made: Lab, run: Path, cli: Cli) -> None:
+    config, root = grown(made, run), run / "corpus"
+    assert cli("append", config).exit_code == 0
+    (root / "corpus.json").unlink()
+    (root / "begun.json").unlink()
+    result = cli("prepare", config)
+    assert result.exit_code == 1 and "delete" not in result.output, result.output
+    assert "both lost" in result.output
+
+
+def test_folders_of_killed_writers_are_left_over(run: Path) -> None:
+    """Made before the first file is: nothing but folders."""
+    root, name = run / "cache/one", ".000001.0123456789abcdef0123456789abcdef.tmp"
+    (root / name / "notes.zarr/entropy/c/1").mkdir(parents=True)
+    (root / name / "notes.zarr/id_class/c").mkdir(parents=True)
+    report = verify(root)
+    assert report.sound and [(x.path, x.ours) for x in report.leftovers] == [(name, True)]
+    assert [a.path for a in plan_repair(report, clean=True)] == [name]
+    (root / name / "notes.zarr/entropy/c/1/0").write_bytes(b"some")  # as if killed later
+    repair(verify(root), clean=True)
+    assert not (root / name).exists() and not verify(root).leftovers
+
+
+def test_what_to_do_is_what_can_be_typed(made: Lab, run: Path, cli: Cli) -> None:
+    config, given = made.write("typed.yaml"), f"run_dir={run}"
+    flip(shards_of(run / "cache/one", 1)[0])
+    told = cli("verify", config, "--set", given).output
+    assert f"to do: scholiast repair {config} --set {given}" in told
+    told = cli("repair", config, "--set", given, "--dry-run").output
+    assert f"to do: scholiast cache-teachers {config} --set {given}" in told
+    told = cli("repair", run, "--dry-run").output
+    assert "cache-teachers with the run's configuration" in told and "CONFIG" not in told
+    assert "no such folder" in cli("verify", run / "nowhere").output
 
 
 def test_threads_find_the_same(run: Path) -> None:

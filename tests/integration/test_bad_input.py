@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from conftest import Lab, make_model, make_tokenizer, sentences
 
+from storage.errors import CorpusError
+
 Cli = Callable[..., Any]
 
 
@@ -255,8 +257,9 @@ def test_damaged_cache(lab: Lab, cli: Cli, name: str) -> None:
     data[10] ^= 4
     path.write_bytes(data)
     part = int(name.split("/")[2])
-    refused(cli("train-student", config), name, f"delete manifests/{part:06d}-*.json")
-    next(root.glob(f"manifests/{part:06d}-*.json")).unlink()
+    refused(cli("train-student", config), name, "scholiast repair")
+    assert cli("repair", config).exit_code == 0
+    assert not list(root.glob(f"manifests/{part:06d}-*.json"))
     assert cli("cache-teachers", config).exit_code == 0
     assert cli("train-student", config).exit_code == 0
 
@@ -273,6 +276,30 @@ def test_nothing_to_train_on(lab: Lab, cli: Cli) -> None:
         source["split"] = "heldout"
     assert cli("cache-teachers", lab.write()).exit_code == 0
     refused(cli("train-student", lab.write()), "no training blocks")
+
+
+def test_nothing_to_learn(lab: Lab, cli: Cli) -> None:
+    """Documents of one token each: blocks, but not one row with a target."""
+    (lab.root / "x.jsonl").write_text('{"text": "a"}\n' * 200)
+    sources = [lab.config["corpus"]["sources"][0]]
+    config = lab.write(corpus__sources=sources, corpus__append_eos=False)
+    assert cli("cache-teachers", config).exit_code == 0
+    refused(cli("train-student", config), "no row of the training blocks has a target")
+    assert not list((lab.root / "run").rglob("metrics.jsonl"))
+
+
+def test_empty_file_and_a_layer_named_twice(lab: Lab, cli: Cli) -> None:
+    (lab.root / "x.jsonl").write_text("")
+    result = cli("prepare", lab.write())
+    refused(result, "x.jsonl", "it is empty")
+    assert "StopIteration" not in result.output
+    result = cli("plan", lab.write(teachers__one__feature_layers=[2, 2]))
+    refused(result, "named twice", "feature_layers", code=2)
+
+
+def test_only_the_sides_that_are_known_are_shown() -> None:
+    assert "None" not in str(CorpusError("what", found="this", todo="do"))
+    assert "None" not in str(CorpusError("what", expected="that", todo="do"))
 
 
 def test_no_heldout_data_is_no_failure(lab: Lab, cli: Cli) -> None:

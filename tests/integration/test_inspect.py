@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Lab, build_parts
+from conftest import Lab, build_parts, make_model, make_tokenizer
 
 from pipeline.block_view import Vocabulary, visible
 from pipeline.inspect import has_target
@@ -55,7 +55,8 @@ def test_facts_are_those_of_the_files(made: Lab, cli: Cli) -> None:
         shards = [p for array in reader.layout.arrays()
                   for p in (run / "cache" / name).glob(f"*/{array}/c/**/*") if p.is_file()]  # fmt: skip
         assert vouched == sum(path.stat().st_size for path in shards)
-        assert one["bytes"] == vouched + tree_bytes(run / "cache" / name / "manifests")
+        assert one["bytes"] == tree_bytes(run / "cache" / name)
+        assert one["other_bytes"] + one["manifest_bytes"] == one["bytes"] - vouched
         assert one["bytes_per_token"] == pytest.approx(one["bytes"] / scored.size)
         stats, figures = reader.read(blocks).stats, one["figures"]
         assert figures["rows"] == scored.sum() and figures["blocks"] == len(blocks)
@@ -121,6 +122,31 @@ def test_rows_with_a_target_are_told_from_the_notes(made: Lab, tmp_path: Path, p
         corpus, reader = BlockReader(made.root / "run/corpus"), CacheReader(cache / "one")
         blocks = np.arange(corpus.info.blocks)
         assert np.array_equal(has_target(reader.read(blocks).stats), corpus.read(blocks).scored)
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "compact"])
+def test_rows_of_a_flat_teacher_have_a_target(made: Lab, tmp_path: Path, preset: str) -> None:
+    """One id of a near-uniform distribution: the tail's mass is stored as 1 in many rows."""
+    make_model(tmp_path / "flat", made.vocab_size, 3, initializer_range=1e-4)
+    make_tokenizer(tmp_path / "flat")
+    made.workspace(
+        store={"preset": preset, "k": 1, "draws": 0, "temperatures": []},
+        cache_dir=str(tmp_path), corpus_dir=f"{made.root}/run/corpus",
+        teachers={"one": {"model": str(tmp_path / "flat")}}, loss={},
+    ).cache_teachers()  # fmt: skip
+    corpus, reader = BlockReader(made.root / "run/corpus"), CacheReader(tmp_path / "one")
+    blocks = np.arange(corpus.info.blocks)
+    stats, scored = reader.read(blocks).stats, corpus.read(blocks).scored
+    if preset == "compact":  # rounded to 2^-7
+        assert (stats.log_tail_mass[scored] == 0).any()
+    assert np.array_equal(has_target(stats), scored)
+
+
+def test_the_summary_of_stage_one_counts_every_file(made: Lab) -> None:
+    work = made.workspace()
+    costs = work.cache_costs(work.jobs(work.prepared()))
+    for name, cost in costs.items():
+        assert cost["bytes"] == tree_bytes(made.root / "run/cache" / name)
 
 
 def test_tables_name_everything(made: Lab, cli: Cli) -> None:

@@ -304,6 +304,46 @@ def test_push_takes_a_url_and_sends_nothing_damaged(
         path.write_bytes(data)
 
 
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_pushing_again_mends_what_the_store_lost(
+    lab_of_caches: Lab, tmp_path: Path, scheme: str
+) -> None:
+    """Gone or of another size: told by the listing. Other bytes: told by reading them, if asked."""
+    url = f"{scheme}://{tmp_path}/mended"
+    work = lab_of_caches.workspace()
+    publish(work, url)
+    cache = RemotePath(f"{url}/cache/one", LocalCache(tmp_path / "c", 10**9))
+    gone, short, other = (
+        f"notes.zarr/{name}/c/0/0" for name in ("entropy", "gold_logprob", "id_class")
+    )
+    own = {n: (lab_of_caches.root / "run/cache/one" / n).read_bytes() for n in (gone, short, other)}
+    (cache / gone).call(lambda store, path: store.rm(path))
+    (cache / short).call(lambda store, path: store.pipe_file(path, own[short][:-1]))
+    turned = bytes([own[other][0] ^ 1]) + own[other][1:]
+    (cache / other).call(lambda store, path: store.pipe_file(path, turned))
+    publish(work, url)
+    assert (cache / gone).read_bytes() == own[gone] and (cache / short).read_bytes() == own[short]
+    assert (cache / other).read_bytes() == turned
+    publish(work, url, verify=True)
+    assert (cache / other).read_bytes() == own[other]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["notes.zarr/near_ids/c/0/0", "spare/far_ids", "notes.zarr/logprob_levels/c/0",
+     "notes.zarr/entropy/zarr.json"],
+)  # fmt: skip
+def test_push_refuses_what_no_manifest_vouches_for(lab_of_caches: Lab, cli: Cli, name: str) -> None:
+    path = lab_of_caches.root / "run/cache/one" / name
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[:-1] if name.endswith("json") else bytes([data[0] ^ 1]) + data[1:])
+        result = cli("push", lab_of_caches.write(), f"memory://refused/{name}")
+        assert result.exit_code == 1 and "to do:     run `scholiast" in result.output, result.output
+    finally:
+        path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [("gs://bucket/x", "gcsfs"), ("nope://bucket/x", "no driver knows this kind of URL")],

@@ -155,10 +155,10 @@ def test_one_foreign_part_among_many_is_refused_with_both_sides(tmp_path: Path) 
     with pytest.raises(
         StaleCache, match=r"aaaaaaaaaaaa…\n\s+found:\s+fingerprint bbbbbbbbbbbb…"
     ) as e:
-        manifest.done_parts(tmp_path, owners)
+        manifest.done_parts(tmp_path, owners, 50)
     assert "000033-bbbbbbbbbbbb.json" in str(e.value)
     manifest.path_of(tmp_path, 33, theirs).unlink()
-    assert np.array_equal(manifest.done_parts(tmp_path, owners), np.delete(np.arange(50), 33))
+    assert np.array_equal(manifest.done_parts(tmp_path, owners, 50), np.delete(np.arange(50), 33))
 
 
 def test_log_is_read_from_its_end(tmp_path: Path) -> None:

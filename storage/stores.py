@@ -3,11 +3,9 @@ has, which files each part consists of."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +22,12 @@ from storage.manifest import Manifest
 from storage.metadata import altered_metadata, group_metadata
 from storage.orders import IdOrders
 from storage.remote import RemotePath, Root
-from storage.tables import altered_orders, sound_orders
+from storage.tables import altered_orders, carried_orders, sound_orders
 from storage.writer import open_cache, owners
 
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
 BEGUN = "begun.json"
-_ASKED = 32  # manifests that tell with which orders of ids the parts were written
 MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
 
 Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
@@ -198,7 +195,7 @@ def _orders(
 ) -> IdOrders | None:
     """Returns the orders of ids with which the parts were written, from either copy; adds to
     `problems` what is wrong with any of their files."""
-    found = sound_orders(root, layout, _carried(root, owners))
+    found = sound_orders(root, layout, carried_orders(root, owners))
     if found is None:
         lose = (
             "; its other copy is lost too: delete this cache's folder and cache the teacher again"
@@ -209,18 +206,6 @@ def _orders(
     altered = altered_orders(root, found[1])
     problems += [Problem(None, path, what, "restore") for path, what in altered.items()]
     return found[0]
-
-
-def _carried(root: Path, owners: manifest.Owners) -> str | None:
-    """Returns the digest of orders that most of the parts' manifests carry (of some of them)."""
-    listed = manifest.listing(root)
-    own = listed.parts[listed.prefixes == owners.prefixes(listed.parts)]
-    found: Counter[str] = Counter()
-    for part in own[:: max(1, len(own) // _ASKED)].tolist():
-        with contextlib.suppress(ScholiastError):
-            if one := manifest.load(root, part, owners.of(part)):
-                found[str(one.carry.get("orders"))] += 1
-    return found.most_common(1)[0][0] if found else None
 
 
 def _open_corpus(root: Path) -> tuple[Store, list[Problem]]:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,14 @@ import google_crc32c
 import numpy as np
 from pcodec import standalone
 
-from storage import durable
+from storage import durable, manifest
 from storage.errors import CorruptShard, MissingShard, ScholiastError, unreadable
 from storage.layout import Layout, order_names
 from storage.orders import NEAR, IdOrders
 from storage.remote import Root
 from storage.types import AnyArray
+
+_ASKED = 32  # manifests that tell with which orders of ids the parts were written
 
 
 def spare_name(name: str) -> str:
@@ -75,6 +78,18 @@ def sound_orders(
             found.append((_load(root, layout, list(names)), list(names)))
     right = [pair for pair in found if digest(pair[0]) == carried]
     return next(iter([*right, *found]), None)
+
+
+def carried_orders(root: Path, owners: manifest.Owners) -> str | None:
+    """Returns the digest of orders that most of the parts' manifests carry (of some of them)."""
+    listed = manifest.listing(root)
+    own = listed.parts[listed.prefixes == owners.prefixes(listed.parts)]
+    found: Counter[str] = Counter()
+    for part in own[:: max(1, len(own) // _ASKED)].tolist():
+        with contextlib.suppress(ScholiastError):
+            if one := manifest.load(root, part, owners.of(part)):
+                found[str(one.carry.get("orders"))] += 1
+    return found.most_common(1)[0][0] if found else None
 
 
 def altered_orders(root: Path, sources: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from storage.metadata import require_metadata, stored_layout
 from storage.orders import IdOrders
 from storage.remote import Root
 from storage.shard import write_shard
-from storage.tables import digest, load_orders, save_spares
+from storage.tables import carried_orders, digest, load_orders, save_spares
 from storage.types import AnyArray
 
 LOCK = ".commit.lock"
@@ -114,7 +114,7 @@ class CacheWriter:
 
     Raises (on construction):
         StaleCache: `root` holds a cache of another identity.
-        CorruptShard: the group's metadata have been altered.
+        CorruptShard: the group's metadata have been altered, or the orders are not the parts'.
         DiskFull: no space for the metadata.
     """
 
@@ -132,6 +132,7 @@ class CacheWriter:
             _make_group(root, layout, learn)
             grown = _require_layout(root, layout)
             self.orders = load_orders(root, layout)
+            _require_carried(root, self._owners, self.orders)
             save_spares(root)
             if grown:
                 _grow_group(root, layout, self.orders)
@@ -192,6 +193,16 @@ class CacheWriter:
                 durable.fsync_folder(self.root / folder)
             manifest.save(self.root, done)
         return done
+
+
+def _require_carried(root: Path, own: manifest.Owners, orders: IdOrders) -> None:
+    """Refuses to write parts with other orders than the finished ones have: no reader has two."""
+    carried, found = carried_orders(root, own), digest(orders)
+    if carried not in (None, found):
+        raise CorruptShard(
+            "the orders of ids are not those of the finished parts", where=root,
+            expected=str(carried)[:16], found=found[:16], todo="run `scholiast repair`",
+        )  # fmt: skip
 
 
 def save_info(root: Path, identity: Mapping[str, Any], layout: Layout) -> None:

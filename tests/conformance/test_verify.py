@@ -410,7 +410,7 @@ def test_part_without_manifest_is_not_done_and_not_bad(run: Path) -> None:
 @pytest.mark.parametrize("which", [("near_ids", "far_ids"), ("near_ids",), ("far_ids",)])
 @pytest.mark.parametrize("where", ["notes.zarr", "spare"])
 def test_orders_of_another_cache_are_not_taken_for_this_ones(
-    run: Path, where: str, which: tuple[str, ...]
+    made: Lab, run: Path, cli: Cli, where: str, which: tuple[str, ...]
 ) -> None:
     """Readable all the same; the manifests tell with which orders the parts were written."""
     root, before = run / "cache/one", digests(run)
@@ -419,6 +419,13 @@ def test_orders_of_another_cache_are_not_taken_for_this_ones(
         shutil.copy(
             run / "cache/two" / inner, root / (inner if where != "spare" else f"spare/{name}")
         )
+    if where != "spare":  # no part is written with them
+        path = manifest_of(root, 1)
+        data = path.read_bytes()
+        path.unlink()
+        result = cli("cache-teachers", made.write("others.yaml", run_dir=str(run)))
+        assert result.exit_code == 1 and "not those of the finished parts" in result.output
+        path.write_bytes(data)
     report = verify(root)
     assert {p.mend for p in report.problems} == {"restore"} and len(report.problems) == len(which)
     repair(report)

@@ -170,8 +170,8 @@ def test_a_damaged_checkpoint_is_refused_by_all(played: dict[str, Any]) -> None:
 
 def test_an_error_on_one_rank_ends_all_with_its_text(played: dict[str, Any]) -> None:
     ends = played["corrupt"]["two"]
-    assert codes(ends) == [1, 1] and all("fails its crc32c" in text for _, text in ends)
-    assert sum("failed: chunk" in text for _, text in ends) == 1, "only one rank reads that shard"
+    assert codes(ends) == [1, 1] and all("sha256 is not the one" in text for _, text in ends)
+    assert sum("failed: a shard" in text for _, text in ends) == 1, "only one rank reads that shard"
 
 
 @pytest.mark.parametrize("name", ["first", "second"])

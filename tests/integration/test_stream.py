@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_the_same_error_whoever_reads(work: Any, workers: int
     whole = path.read_bytes()
     try:
         path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-        with pytest.raises(CorruptShard, match="crc32c") as caught:
+        with pytest.raises(CorruptShard, match="sha256") as caught:
             drain(work, workers)
         assert caught.value.where == str(path) and "cache-teachers" in caught.value.todo
         path.unlink()

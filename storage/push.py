@@ -79,15 +79,20 @@ class _Copy:
     sizes: dict[str, int]
     verify: bool
 
-    def stands(self, name: str, size: int, sha256: str) -> bool:
-        """Returns whether the store has an object as its manifest states it."""
+    def stands(self, name: str, size: int, sha256: str, vouched: bool) -> bool:
+        """Returns whether the store has an object as its manifest states it.
+
+        Args:
+            vouched: whether the store's own manifest states the same; a size alone tells nothing of
+                what another manifest, or none, stands beside.
+        """
         if self.sizes.get(name) != size:
             return False
-        return not self.verify or (self.target / name).sha256() == sha256
+        return (self.target / name).sha256() == sha256 if self.verify else vouched
 
-    def send(self, name: str, size: int, sha256: str) -> int:
+    def send(self, name: str, size: int, sha256: str, vouched: bool) -> int:
         """Sends one object unless it stands; returns the bytes sent."""
-        if self.stands(name, size, sha256):
+        if self.stands(name, size, sha256, vouched):
             return 0
         _require_whole(self.root / name, size, sha256)
         (self.target / name).write(self.root / name)
@@ -106,9 +111,14 @@ def _push_part(
     if orders is not None and vouched.carry.get("orders") != orders:
         raise CorruptShard("a part was written with other orders of ids", where=path, todo=_TODO)
     tell(sum(n for n, _ in vouched.objects.values()))
-    sent = sum(pool.map(lambda item: copy.send(item[0], *item[1]), vouched.objects.items()))
     name, own = f"manifests/{path.name}", path.read_bytes()
-    if name in copy.sizes and (copy.target / name).read_bytes() == own:
+    same = name in copy.sizes and (copy.target / name).read_bytes() == own
+
+    def send(item: tuple[str, tuple[int, str]]) -> int:
+        return copy.send(item[0], *item[1], same)
+
+    sent = sum(pool.map(send, vouched.objects.items()))
+    if same:
         return sent
     (copy.target / name).write(path)
     return sent + len(own)

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from storage import durable, manifest
-from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard, unreadable
+from storage.checked import read_checked
+from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.generations import Generation, part_of, part_range, parts_until
 from storage.remote import RemotePath, Root, open_object
@@ -220,21 +221,9 @@ def load_info(root: Root) -> CorpusInfo | None:
         CorpusError: it was written by another version of the format.
     """
     path = root / "corpus.json"
-    try:
-        body = json.loads(path.read_bytes())
-        whole = body.pop("sha256") == fingerprint(body)
-    except FileNotFoundError:
+    body = read_checked(path, "prepare")
+    if body is None:
         return None
-    except OSError as error:
-        todo = "run `scholiast repair`; finished parts are kept"
-        raise unreadable("corpus.json", error, path, todo) from error
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise CorruptShard(
-            "corpus.json's bytes are not those that were written", where=path,
-            todo="delete this file and run `scholiast prepare` again; finished parts are kept",
-        )  # fmt: skip
     if body.pop("format") != FORMAT:
         raise CorpusError(
             "the corpus has another format", where=path, expected=f"format {FORMAT}",

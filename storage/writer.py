@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from storage import durable, manifest
-from storage.errors import CorruptShard, StaleCache, unreadable
+from storage.checked import read_checked
+from storage.errors import CorruptShard, StaleCache
 from storage.fingerprint import canonical_json, describe_differences, fingerprint
 from storage.layout import (
     FORMAT,
@@ -43,22 +44,9 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
         StaleCache: it was written by another version of the format.
     """
     path = root / "cache.json"
-    try:
-        body = json.loads(path.read_bytes())
-        whole = body.pop("sha256") == fingerprint(body)
-    except FileNotFoundError:
+    body = read_checked(path, "cache-teachers")
+    if body is None:
         return None
-    except OSError as error:
-        raise unreadable(
-            "cache.json", error, path, "run `scholiast repair`; parts are kept"
-        ) from error
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise CorruptShard(
-            "cache.json's bytes are not those that were written", where=path,
-            todo="delete this file and run `scholiast cache-teachers` again; parts are kept",
-        )  # fmt: skip
     if body["format"] != FORMAT:
         raise StaleCache(
             "the cache has another format", where=path, expected=f"format {FORMAT}",

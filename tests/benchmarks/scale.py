@@ -40,6 +40,7 @@ from storage.fingerprint import HashMemo, fingerprint
 from storage.layout import shard_name
 from storage.orders import learn_orders
 from storage.reader import CacheReader
+from storage.tables import digest
 from storage.writer import CacheWriter
 
 BLOCKS_PER_PART, BLOCK_LENGTH = 64, 1024
@@ -68,15 +69,19 @@ def build(root: Path, parts: int) -> None:
     job = planned(root)
     shapes = {name: len(spec.shape) for name, spec in job.layout.arrays().items()}
     objects = {shard_name(name, 0, n): (10**6, "0" * 64) for name, n in shapes.items()}
-    names(job.root, parts, fingerprint(job.identity), lambda part: objects)
     orders = learn_orders(np.zeros((0, job.layout.k), np.int64), job.layout.vocab_size)
     CacheWriter(job.root, job.identity, job.layout, lambda: orders)
+    carry = {"orders": digest(orders)}
+    names(job.root, parts, fingerprint(job.identity), lambda part: objects, carry)
     row = {"part": 0, "tokens": 65536, "seconds": 9.5, "peak_bytes": 10**9, "device": "cpu"}
     append_log(job.root, row)
     log_path(job.root).write_text(log_path(job.root).read_text() * parts)
 
 
-def names(root: Path, parts: int, owner: str, objects: Callable[[int], dict[str, Any]]) -> None:
+def names(
+    root: Path, parts: int, owner: str, objects: Callable[[int], dict[str, Any]],
+    carry: dict[str, str] | None = None,
+) -> None:  # fmt: skip
     """Creates a manifest's name for every part, and content for those that will be opened."""
     folder = root / "manifests"
     folder.mkdir(parents=True)
@@ -85,7 +90,8 @@ def names(root: Path, parts: int, owner: str, objects: Callable[[int], dict[str,
     picked = np.linspace(0, parts - 1, min(parts, manifest.SAMPLE)).round().astype(int)
     for part in {*picked.tolist(), parts - 1}:
         first = part * BLOCKS_PER_PART
-        manifest.save(root, manifest.Manifest(owner, part, first, BLOCKS_PER_PART, objects(part)))
+        done = manifest.Manifest(owner, part, first, BLOCKS_PER_PART, objects(part), carry or {})
+        manifest.save(root, done)
 
 
 def planned(root: Path) -> TeacherJob:

@@ -29,6 +29,7 @@ from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, fingerprint
 from storage.orders import learn_orders
 from storage.reader import CacheReader
+from storage.tables import digest
 from storage.writer import CacheWriter
 
 _heard: list[list[str]] = []
@@ -66,13 +67,15 @@ def job_of(lab: Lab, parts: int) -> Callable[[], TeacherJob]:
     folder = lab.root / f"cache-{parts}"
     job = plan_jobs(teachers, store, info, folder, memo)[0]
     assert job.done == () and job.pending == tuple(range(parts))
+    orders = learn_orders(np.zeros((0, 8), np.int64), lab.vocab_size)
+    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
+    carry = {"orders": digest(orders)}
     for part in range(parts):
         first, last = job.layout.part_range(part)
         objects = {"notes.zarr/entropy/c/0/0": (10 * (last - first), "0" * 64)}
         owner = fingerprint(job.identity)
-        manifest.save(job.root, manifest.Manifest(owner, part, first, last - first, objects))
-    orders = learn_orders(np.zeros((0, 8), np.int64), lab.vocab_size)
-    CacheWriter(job.root, job.identity, job.layout, lambda: orders)
+        done = manifest.Manifest(owner, part, first, last - first, objects, carry)
+        manifest.save(job.root, done)
     return lambda: plan_jobs(teachers, store, info, folder, memo)[0]
 
 

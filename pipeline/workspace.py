@@ -43,6 +43,13 @@ _MEASURED = (
 """Keys of `loss` that decide what KD is, whatever its share."""
 
 
+_SAME_STUDENT = {
+    "baseline", "decode", "workers", "keep_checkpoints", "checkpoint_every", "log_every",
+    "eval_every", "loggers", "parallel", "compile", "async_checkpoint",
+}  # fmt: skip
+"""Keys of `train` that do not decide what is learned."""
+
+
 class Workspace:
     """Folders, identities and stages of one run. Heavy imports happen where they are needed.
 
@@ -144,8 +151,7 @@ class Workspace:
         from stages.run import Run
 
         config = self.config
-        folder = self.student_folder()
-        settings = read_config(folder, "student.model")
+        settings = read_config(self.student_folder(), "student.model")
         dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
         heldout, train = info.block_ids("heldout"), info.ranges("train")
         losses = {FUSED: config.loss}
@@ -154,50 +160,34 @@ class Workspace:
             losses[BASELINE] = LossOptions(
                 alpha=0.0, **config.loss.model_dump(include=set(_MEASURED))
             )
-        runs = {}
-        for name, loss in losses.items():
-            identity = {
-                "corpus": info.fingerprint,
-                "train_blocks": [
-                    [s.first_block, s.blocks] for s in info.sources if s.split == "train"
-                ],
-                "caches": {
-                    job.name: fingerprint(job.identity)
-                    for job in jobs
-                    if job.name in config.fused_teachers
-                }
-                if name == FUSED
-                else {},
-                "student": {
-                    "files": self._student_files(folder),
-                    **config.student.model_dump(
-                        mode="json", exclude={"model", "revision", "config"}
-                    ),
-                },
-                "fusion": config.fusion.model_dump(mode="json") if name == FUSED else {},
-                "loss": loss.model_dump(mode="json"),
-                "train": config.train.model_dump(
-                    mode="json",
-                    exclude={
-                        "baseline",
-                        "decode",
-                        "workers",
-                        "keep_checkpoints",
-                        "checkpoint_every",
-                        "log_every",
-                        "eval_every",
-                        "loggers",
-                        "parallel",
-                        "compile",
-                        "async_checkpoint",
-                    },
-                ),
-            }
-            runs[name] = Run(
-                config.run / "students" / name, identity, config.train, loss, train, heldout,
-                getattr(torch, dtype), config.student.lora,
-            )  # fmt: skip
-        return runs
+        return {
+            name: Run(
+                config.run / "students" / name, self._identity(name, loss, info, jobs), config.train,
+                loss, train, heldout, getattr(torch, dtype), config.student.lora,
+            )
+            for name, loss in losses.items()
+        }  # fmt: skip
+
+    def _identity(
+        self, name: str, loss: LossOptions, info: CorpusInfo, jobs: list[TeacherJob]
+    ) -> dict[str, Any]:
+        """Returns what decides a student's weights; the baseline reads no cache and fuses nothing."""
+        config, fused = self.config, name == FUSED
+        caches = {
+            job.name: fingerprint(job.identity)
+            for job in jobs
+            if fused and job.name in config.fused_teachers
+        }
+        student = config.student.model_dump(mode="json", exclude={"model", "revision", "config"})
+        return {
+            "corpus": info.fingerprint,
+            "train_blocks": [[s.first_block, s.blocks] for s in info.sources if s.split == "train"],
+            "caches": caches,
+            "student": {"files": self._student_files(self.student_folder()), **student},
+            "fusion": config.fusion.model_dump(mode="json") if fused else {},
+            "loss": loss.model_dump(mode="json"),
+            "train": config.train.model_dump(mode="json", exclude=_SAME_STUDENT),
+        }
 
     def train_students(self) -> dict[str, Run]:
         """Trains what is not trained yet, together with the other ranks if there are any.

@@ -155,7 +155,6 @@ def test_training_adapters_without_peft_is_refused(
 
 
 def test_training_adapters_changes_their_maps_alone(cached: Lab) -> None:
-    pytest.importorskip("peft")
     work = open_lab(cached, "lora", student__lora={"rank": 2, "targets": ["q_proj"]})
     before = build_student(work.config.student.model_copy(update={"lora": None}),
                            work.student_folder(), CPU).state_dict()  # fmt: skip
@@ -232,7 +231,6 @@ def test_a_logger_that_is_not_installed_is_named(
 
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     folder = tmp_path / "run/students/fused"
     metrics = MetricsLog(folder / "metrics.jsonl", open_loggers(("tensorboard",), folder, {}))
     metrics.write({"step": 1, "total": 1.5}, flush=False)

@@ -204,8 +204,12 @@ class Steps:
         }
 
 
+def labels_of(batch: Batch) -> Tensor:
+    return torch.full_like(batch.inputs, -100).masked_scatter_(batch.scored, batch.gold)
+
+
 def own_loss(student: DistilledStudent, batch: Batch) -> Tensor:
-    labels = torch.full_like(batch.inputs, -100).masked_scatter_(batch.scored, batch.gold)
+    labels = labels_of(batch)
     with torch.autocast("cpu", torch.bfloat16):
         out = student.model(
             input_ids=batch.inputs, position_ids=batch.positions, use_cache=False, labels=labels,
@@ -216,7 +220,7 @@ def own_loss(student: DistilledStudent, batch: Batch) -> Tensor:
 
 
 def own_loss_wide(student: DistilledStudent, batch: Batch) -> Tensor:
-    labels = torch.full_like(batch.inputs, -100).masked_scatter_(batch.scored, batch.gold)
+    labels = labels_of(batch)
     with torch.autocast("cpu", torch.bfloat16):
         hidden, _ = run_decoder(student.model, batch.inputs, batch.positions, ())
     logits = hidden.float() @ student.model.get_output_embeddings().weight.t()

@@ -1,6 +1,9 @@
 """What the student's step takes: memory of the loss, time and memory of whole steps.
 
-    python tests/benchmarks/step.py [FOLDER]      (make bench-step; FOLDER is runs/bench)
+    python tests/benchmarks/step.py [FOLDER] [memory] [step]      (make bench-step)
+
+FOLDER is runs/bench; without `memory` or `step` both tables are made. Each row of the first is put into
+FOLDER/step.json once it is measured.
 
 Memory. For each number of tokens T and vocabulary V a process of its own computes cross-entropy and
 forward KL (one teacher, 64 entries and a bucket) of T rows of hidden size 1,024 in float32, and the
@@ -283,14 +286,26 @@ def main() -> None:
         peak_of(sys.argv[2])
     else:
         print(__doc__)
-        folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bench")
-        memory = list(memory_rows())
-        save(folder, memory=memory)
-        print(shown(memory, dict.fromkeys(memory[0], ",")), flush=True)
-        step = step_rows()
-        save(folder, step=step)
-        forms = {"name": "", "seconds": ".3f", "relative_to_ce": ".3f", "data_wait_share": ".2%"}
-        print(shown(step, {**forms, "peak_bytes": ","}))
+        tables = {"memory": memory_table, "step": step_table}
+        asked = [name for name in sys.argv[1:] if name in tables]
+        folders = [Path(name) for name in sys.argv[1:] if name not in tables]
+        for name in asked or tables:
+            tables[name](folders[0] if folders else Path("runs/bench"))
+
+
+def memory_table(folder: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for row in memory_rows():
+        rows.append(row)
+        save(folder, memory=rows)
+    print(shown(rows, dict.fromkeys(rows[0], ",")), flush=True)
+
+
+def step_table(folder: Path) -> None:
+    rows = step_rows()
+    save(folder, step=rows)
+    forms = {"name": "", "seconds": ".3f", "relative_to_ce": ".3f", "data_wait_share": ".2%"}
+    print(shown(rows, {**forms, "peak_bytes": ","}))
 
 
 if __name__ == "__main__":

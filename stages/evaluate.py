@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stages.batches import BatchReader
-from stages.fusion import fused_gold_logprob
+from stages.mixing import fused_gold_logprob
 from stages.ranks import Ranks
 from stages.student import DistilledStudent
 from storage.types import Int64

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stages.evidence import Evidence
-from stages.mixing import geometric, gold_logprob
+from stages.mixing import geometric
 from stages.options import FusionOptions, Tail
 from stages.weighting import weigh
 from storage.errors import ConfigError
@@ -245,24 +245,6 @@ def fuse(
     return FusedTarget(
         ids, logp, p, mass, torch.ones_like(mass), vocab_size, temperature, spent=weights
     )
-
-
-def fused_gold_logprob(target: FusedTarget, gold_R: Tensor, gold_MR: Tensor) -> Tensor:
-    """Returns the ensemble's log p(gold) at temperature 1, float64 [R].
-
-    Arithmetic: log Σ_m w_m p_m(gold), exact. Geometric: of the target itself, with its bucket spread
-    evenly over the ids outside the heads, which is a proper distribution. The geometric mean of the
-    whole distributions cannot be told from heads; where the gold token lies outside them, this is less.
-
-    Args:
-        target: at temperature 1.
-        gold_R: int64.
-        gold_MR: log p_m(gold) of each teacher.
-    """
-    if target.spent is None:
-        return (target.weights.double().log() + gold_MR.double()).logsumexp(0)
-    ids, logp, tail = target.ids[0], target.logp[0].double(), target.tail[0].double()
-    return gold_logprob(ids, logp, tail, gold_R, target.vocab_size)
 
 
 def _target(

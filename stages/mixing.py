@@ -18,10 +18,15 @@ Shapes: M teachers, R rows, K entries, U = M·K.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from storage.types import LOG_ZERO
+
+if TYPE_CHECKING:
+    from stages.fusion import FusedTarget
 
 _NEVER = 2 * LOG_ZERO  # below every stored logprob: no teacher's entry
 
@@ -85,15 +90,26 @@ def _aligned(
     return each, ids, place[:, -1:] + 1, missing
 
 
-def gold_logprob(
-    ids_RU: Tensor, logp_RU: Tensor, tail_R: Tensor, gold_R: Tensor, vocab_size: int
-) -> Tensor:
-    """Returns log p(gold) [R] of a mixture, its bucket spread evenly over the ids outside the union."""
-    hit = ids_RU == gold_R[:, None]
-    inside = logp_RU.masked_fill(~hit, LOG_ZERO).amax(-1)  # what repeats the first has LOG_ZERO
-    outside = vocab_size - 1 - (ids_RU != ids_RU[:, :1]).sum(-1)
-    spread = (_log(tail_R) - outside.clamp_min(1).log()).clamp_min(LOG_ZERO)
-    return torch.where(hit.any(-1), inside, spread.masked_fill(tail_R == 0, LOG_ZERO))
+def fused_gold_logprob(target: FusedTarget, gold_R: Tensor, gold_MR: Tensor) -> Tensor:
+    """Returns the ensemble's log p(gold) at temperature 1, float64 [R].
+
+    Arithmetic: log Σ_m w_m p_m(gold), exact. Geometric: of the target itself, its bucket spread evenly
+    over the ids outside the union, which is a proper distribution. The geometric mean of the whole
+    distributions cannot be told from heads.
+
+    Args:
+        target: at temperature 1.
+        gold_R: int64.
+        gold_MR: log p_m(gold) of each teacher.
+    """
+    if target.spent is None:
+        return (target.weights.double().log() + gold_MR.double()).logsumexp(0)
+    ids, logp, tail = target.ids[0], target.logp[0].double(), target.tail[0].double()
+    hit = ids == gold_R[:, None]
+    inside = logp.masked_fill(~hit, LOG_ZERO).amax(-1)  # what repeats the first has LOG_ZERO
+    outside = target.vocab_size - 1 - (ids != ids[:, :1]).sum(-1)
+    spread = (_log(tail) - outside.clamp_min(1).log()).masked_fill(tail == 0, LOG_ZERO)
+    return torch.where(hit.any(-1), inside, spread)
 
 
 def _log(x: Tensor) -> Tensor:

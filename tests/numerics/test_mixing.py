@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from stages.chunked_head import chunked_loss
-from stages.fusion import NoteRows, fuse, fused_gold_logprob
+from stages.fusion import NoteRows, fuse
 from stages.head import Head, HeadRule
 from stages.losses import bucket_kl
+from stages.mixing import fused_gold_logprob
 from stages.options import FusionOptions
 from stages.row_notes import NoteRule, annotate_logits
 from storage.errors import ConfigError

@@ -12,6 +12,7 @@ import torch
 from conftest import Lab, build_parts
 from test_stream import same
 
+from pipeline.publish import publish
 from stages import batches
 from stages.evaluate import teacher_perplexities
 from stages.mixture_em import fit
@@ -122,6 +123,16 @@ def test_em_is_fitted_once_however_many_workers_read(
         steps.close()
     assert all(same(a, b) for a, b in zip(*found, strict=True))
     assert (tmp_path / "fits").read_text() == "xx"
+
+
+def test_em_is_the_same_from_a_remote_store(cached: Lab, tmp_path: Path) -> None:
+    publish(cached.workspace(), "memory://fusion")
+    near = cached.workspace(fusion={"weights": "em"}).batch_reader().read(IDS)
+    far = cached.workspace(
+        fusion={"weights": "em"}, corpus_dir="memory://fusion/corpus",
+        cache_dir="memory://fusion/cache", reading__local_cache=str(tmp_path / "fetched"),
+    )  # fmt: skip
+    assert same(near, far.batch_reader().read(IDS)) and any((tmp_path / "fetched").iterdir())
 
 
 def test_em_needs_a_training_block_with_a_target(

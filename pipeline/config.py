@@ -92,20 +92,18 @@ class RunConfig(Options):
                 f"loss.temperature {self.loss.temperature} is neither 1 nor in store.temperatures "
                 f"{list(self.store.temperatures)}: the caches could not serve it"
             )
-        self.loss.tail(self.store.drawn)
+        tail = self.loss.tail(self.store.drawn)
+        if self.fusion.mixing == "geometric" and tail != "bucket":
+            raise ValueError(
+                f"fusion.mixing geometric needs the tail as a bucket, and here it is {tail}: a product "
+                "of powers of sampled or cut estimates is biased; set loss.target: bucket"
+            )
         unknown = sorted(set(self.fusion.teachers or ()) - set(self.teachers))
         if unknown or self.fusion.teachers == ():
             raise ValueError(
                 f"fusion.teachers must be some of {list(self.teachers)}, not {unknown or 'none'}"
             )
-        static = self.fusion.static
-        if self.fusion.weights == "static" and (
-            set(static) != set(self.fused_teachers) or not sum(static.values())
-        ):
-            raise ValueError(
-                f"fusion.static must give each of {list(self.fused_teachers)} a weight, one of them "
-                "positive"
-            )
+        self.fusion.require_teachers(self.fused_teachers)
         k = self.fusion.k
         if k is not None and k > self.store.entries:
             raise ValueError(f"fusion.k {k} is more than the {self.store.entries} that are cached")

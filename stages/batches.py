@@ -5,6 +5,7 @@ Shapes: B blocks, T tokens, R rows with a target, G segments, D hidden.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from stages.decode import DeviceDecoder, bfloat16
 from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
+from stages.mixture_em import domain_weights
 from stages.options import FusionOptions, Tail
+from stages.weighting import first_weights
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache
 from storage.reader import CacheReader
@@ -60,6 +63,12 @@ class Batch:
         """int64 [R], the domain of each row."""
         return self.domain[:, None].expand_as(self.scored)[self.scored]
 
+    @property
+    def row_sequence(self) -> Tensor:
+        """int64 [R], which piece of a document, counted over the batch, each row lies in."""
+        starts = (self.positions == 0).flatten()  # every block begins with one
+        return (starts.cumsum(0) - 1).view_as(self.scored)[self.scored]
+
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
         move = {
@@ -68,7 +77,8 @@ class Batch:
         }
         target = self.target
         if target is not None:
-            fields = ("ids", "logp", "p", "tail", "weights")
+            fields = ["ids", "logp", "p", "tail", "weights"]
+            fields += ["spent"] if target.spent is not None else []
             target = replace(target, **{n: getattr(target, n).to(device) for n in fields})
         return replace(
             self, **move, target=target,
@@ -130,6 +140,50 @@ class BatchReader:
         self._temperature, self._options = temperature, options
         self._on_device, self._tail = on_device, tail
         self._decoders: dict[str, DeviceDecoder] = {}
+        self._fitted: Tensor | None = None
+
+    @property
+    def ramp(self) -> float:
+        """Share of a training's steps over which the weights move to those that are asked for."""
+        return self._options.ramp
+
+    def at(self, temperature: float) -> BatchReader:
+        """Returns a reader of targets at another temperature; it shares this one's open files and
+        what is fitted."""
+        self.calibrate()  # for both
+        other = copy.copy(self)
+        other._temperature = temperature
+        return other
+
+    def calibrate(self) -> None:
+        """Fits the weights that are fitted (em), once; every process that does so finds the same.
+
+        Raises:
+            CorpusError: there is nothing to fit them on.
+            MissingShard, CorruptShard, IncompleteCache, RemoteError
+        """
+        if self.caches and self._options.weights == "em" and self._fitted is None:
+            fitted = domain_weights(self.corpus, self.caches, self._options.calibration_blocks)
+            self._fitted = torch.from_numpy(fitted)
+
+    def ramped(self, batch: Batch, share: float) -> Batch:
+        """Returns a batch whose weights are this share of the way from the first to its own.
+
+        (1 − share)·first + share·w, in the target and in the segments; segments without rows keep 0.
+        """
+        target = batch.target
+        if target is None or share >= 1.0:
+            return batch
+        names = list(batch.segment_weights)
+        first = dict(zip(names, first_weights(names, self._options), strict=True))
+        begin = target.weights.new_tensor(list(first.values()))[:, None]
+        filled = torch.stack(list(batch.segment_weights.values())).sum(0) > 0
+        segments = {
+            name: share * mine + (1.0 - share) * first[name] * filled
+            for name, mine in batch.segment_weights.items()
+        }
+        weights = share * target.weights + (1.0 - share) * begin
+        return replace(batch, target=replace(target, weights=weights), segment_weights=segments)
 
     def read(self, block_ids: Int64) -> Batch:
         """Returns the batch of these blocks, on the CPU.
@@ -151,6 +205,7 @@ class BatchReader:
         return self._with_notes(batch, blocks) if self.caches else batch
 
     def _with_notes(self, batch: Batch, blocks: TokenBlocks) -> Batch:
+        self.calibrate()  # here, where one thread at a time reads, and not in `ready`
         if self._on_device:
             packed = {
                 name: {
@@ -197,13 +252,20 @@ class BatchReader:
         segments = next((c.layout.segments for c in self.caches.values() if c.layers), 1)
         target = fuse(
             rows, layout.temperatures, self.corpus.info.vocab_size, self._temperature,
-            self._options, self._tail, batch.gold,
+            self._options, self._tail, batch.gold, batch.row_sequence, self._fitted_to(batch),
         )  # fmt: skip
         weights = {
             name: segment_means(row, batch.scored, segments)
-            for name, row in zip(rows, target.weights, strict=True)
+            for name, row in zip(rows, target.teacher_weights, strict=True)
         }
         return replace(batch, target=target, features=features, segment_weights=weights)
+
+    def _fitted_to(self, batch: Batch) -> Tensor | None:
+        """Returns each row's fitted weights, float32 [M, R]."""
+        self.calibrate()
+        if self._fitted is None:
+            return None
+        return self._fitted.to(batch.domain.device, torch.float32).t()[:, batch.row_domain]
 
 
 def _require_alike(caches: Mapping[str, CacheReader]) -> None:

@@ -58,6 +58,7 @@ class DeviceDecoder:
             logprobs=_rows(self._logprobs(packed), scored_BT),
             entropy=self._statistic(packed["entropy"])[scored_BT],
             log_tail=-self._statistic(packed["log_tail_mass"])[scored_BT],
+            gold_logprob=-self._statistic(packed["gold_logprob"])[scored_BT],
             log_z=scored_BT.new_zeros((int(scored_BT.sum()), 0), dtype=torch.float32)
             if log_z is None
             else _rows(log_z * log_z.new_tensor(signs)[:, None], scored_BT),

@@ -1,7 +1,7 @@
 """What is measured on held-out blocks: of the student by a forward, of the teachers from their notes.
 
 A teacher's perplexity needs no teacher: the cache holds the exact logprob of every gold token. So
-does that of the fused ensemble, log Σ_m w_m p_m(gold).
+does that of the fused ensemble, log Σ_m w_m p_m(gold); of geometric mixing see `fused_gold_logprob`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from stages.batches import BatchReader
+from stages.mixing import fused_gold_logprob
 from stages.ranks import Ranks
 from stages.student import DistilledStudent
 from storage.types import Int64
@@ -98,6 +99,7 @@ def teacher_perplexities(reader: BatchReader, block_ids: Int64) -> dict[str, dic
     """
     info = reader.corpus.info
     names = list(reader.caches)
+    reader = reader.at(1.0)
     sums: dict[str, dict[str, Any]] = {name: {} for name in [*names, "fused"]}
     for domain in info.domains:
         mine = block_ids[info.domain_of(block_ids) == info.domains.index(domain)]
@@ -110,8 +112,8 @@ def teacher_perplexities(reader: BatchReader, block_ids: Int64) -> dict[str, dic
             stats = [reader.caches[name].stats(one) for name in names]
             gold = np.stack([each.gold_logprob[scored] for each in stats])
             entropy = np.stack([each.entropy[scored] for each in stats])
-            weights = batch.target.weights.numpy()
-            fused = np.log((weights * np.exp(gold.astype(np.float64))).sum(0) + 1e-300)
+            weights = batch.target.teacher_weights.numpy()
+            fused = fused_gold_logprob(batch.target, batch.gold, torch.from_numpy(gold)).numpy()
             for name, g, h, w in zip(names, gold, entropy, weights, strict=True):
                 row = np.array([len(g), -g.sum(dtype=np.float64), h.sum(), w.sum()])
                 sums[name][domain] = sums[name].get(domain, 0) + row

@@ -3,7 +3,8 @@
 Forward KL is linear in the target, so Σ_m w_m KL(t_m‖q) has the gradient of KL(Σ_m w_m t_m‖q), and
 fusing sparse targets is putting their weighted entries side by side. What stands for a teacher's tail
 is one of four: a bucket of the ids outside that teacher's own head; the cache's draws, which estimate
-each id's probability without bias, so that no bucket is left; nothing; or the gold token.
+each id's probability without bias, so that no bucket is left; nothing; or the gold token. Geometric
+mixing (`mixing.py`) makes one target of all teachers, with one bucket.
 
 Shapes: M teachers, R rows, K entries (head and draws), S draws.
 """
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.evidence import Evidence
+from stages.mixing import geometric
 from stages.options import FusionOptions, Tail
-from stages.weighting import WEIGHTINGS
+from stages.weighting import weigh
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes
 
@@ -37,6 +40,8 @@ class FusedTarget:
         weights: [M, R], ≥ 0, summing to 1 over M.
         vocab_size: V; a student's logits beyond it are padding and get target 0.
         temperature: of target and student.
+        spent: [teachers, R], the teachers' weights where mixing has used them up and M is 1
+            (geometric); None where `weights` are the teachers'.
     """
 
     ids: Tensor
@@ -46,12 +51,19 @@ class FusedTarget:
     weights: Tensor
     vocab_size: int
     temperature: float
+    spent: Tensor | None = None
+
+    @property
+    def teacher_weights(self) -> Tensor:
+        """[teachers, R]: how much each teacher counts, however they are mixed."""
+        return self.weights if self.spent is None else self.spent
 
     def rows(self, start: int, stop: int) -> FusedTarget:
         """Returns the target of rows [start, stop)."""
         return FusedTarget(
             self.ids[:, start:stop], self.logp[:, start:stop], self.p[:, start:stop],
             self.tail[:, start:stop], self.weights[:, start:stop], self.vocab_size, self.temperature,
+            None if self.spent is None else self.spent[:, start:stop],
         )  # fmt: skip
 
 
@@ -61,7 +73,7 @@ class NoteRows:
 
     Attributes:
         ids, logprobs: [R, K], int64 and float32, the head.
-        entropy, log_tail: float32 [R].
+        entropy, log_tail, gold_logprob: float32 [R].
         log_z: float32 [R, Z].
         draw_ids, draw_logprobs: [R, S], int64 and float32; None where there are none.
     """
@@ -71,6 +83,7 @@ class NoteRows:
     entropy: Tensor
     log_tail: Tensor
     log_z: Tensor
+    gold_logprob: Tensor
     draw_ids: Tensor | None = None
     draw_logprobs: Tensor | None = None
 
@@ -180,7 +193,7 @@ def rows_of(note: TeacherNotes, scored: Bool) -> NoteRows:
     return NoteRows(
         ids=rows(note.head.ids).long(), logprobs=rows(note.head.logprobs),
         entropy=rows(note.stats.entropy), log_tail=rows(note.stats.log_tail_mass),
-        log_z=rows(note.stats.log_z),
+        log_z=rows(note.stats.log_z), gold_logprob=rows(note.stats.gold_logprob),
         draw_ids=None if draws is None else rows(draws.ids).long(),
         draw_logprobs=None if draws is None or draws.logprobs is None else rows(draws.logprobs),
     )  # fmt: skip
@@ -194,6 +207,8 @@ def fuse(
     options: FusionOptions,
     tail: Tail | None = None,
     gold_R: Tensor | None = None,
+    sequence_R: Tensor | None = None,
+    fitted_MR: Tensor | None = None,
 ) -> FusedTarget:
     """Returns the fused target of some rows, on the device of the notes.
 
@@ -204,16 +219,32 @@ def fuse(
         temperature: wanted.
         tail: what stands for it; draws if there are any, else the bucket, if not given.
         gold_R: int64; `residual` alone looks at it.
+        sequence_R: int64, number of each row's sequence; needed for weights per sequence.
+        fitted_MR: each row's fitted weights; needed for em.
 
     Raises:
-        ConfigError: the caches cannot serve this temperature or tail, or the weights are unusable.
+        ConfigError: the caches cannot serve this temperature, tail or mixing.
     """
     column = temperature_column(temperature, grid)
     pieces = [_target(note, column, temperature, tail, gold_R) for note in notes.values()]
-    entropy = torch.stack([note.entropy for note in notes.values()])
-    weights = WEIGHTINGS[options.weights](entropy, list(notes), options)
+    by_sequence = options.per == "sequence"
+    assert not by_sequence or sequence_R is not None, "weights per sequence need the sequences"
+    evidence = Evidence(notes, vocab_size, sequence_R if by_sequence else None, fitted_MR)
+    weights = weigh(evidence, options).contiguous()
     ids, logp, p, mass = (torch.stack(parts) for parts in zip(*pieces, strict=True))
-    return FusedTarget(ids, logp, p, mass, weights.contiguous(), vocab_size, temperature)
+    if options.mixing == "arithmetic":
+        return FusedTarget(ids, logp, p, mass, weights, vocab_size, temperature)
+    if tail != "bucket" and (tail or any(note.draw_ids is not None for note in notes.values())):
+        raise ConfigError(
+            "geometric mixing needs the tail as a bucket: a product of powers of sampled or cut "
+            "estimates is biased", where="fusion.mixing", expected="loss.target: bucket",
+            found=tail or "draws", todo="set loss.target: bucket, or fusion.mixing: arithmetic",
+        )  # fmt: skip
+    used = torch.stack([note.logprobs > LOG_ZERO / 2 for note in notes.values()])
+    ids, logp, p, mass = geometric(ids, logp, used, mass, weights, vocab_size)
+    return FusedTarget(
+        ids, logp, p, mass, torch.ones_like(mass), vocab_size, temperature, spent=weights
+    )
 
 
 def _target(

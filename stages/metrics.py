@@ -50,7 +50,8 @@ def weight_sums(batches: Sequence[Batch], reader: BatchReader) -> list[float]:
     """Returns, domain after domain, the teachers' fused weights and the rows they are summed over."""
     if any(batch.target is None for batch in batches):
         return []
-    weights = torch.cat([b.target.weights for b in batches if b.target is not None], dim=1).double()
+    targets = [batch.target for batch in batches if batch.target is not None]
+    weights = torch.cat([target.teacher_weights for target in targets], dim=1).double()
     domain = torch.cat([batch.row_domain for batch in batches])
     numbers = torch.cat([weights, weights.new_ones(1, weights.shape[1])])
     sums = numbers.new_zeros(len(reader.corpus.info.domains), len(numbers))

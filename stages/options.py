@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stages.weighting import parsed
 from storage.codec import PRESETS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -150,14 +152,47 @@ class StoreOptions(Options):
 
 
 class FusionOptions(Options):
-    """How much each teacher counts, token by token."""
+    """How much each teacher counts, token by token, and how their distributions are mixed."""
 
-    weights: Literal["uniform", "static", "entropy"] = Field(
-        "entropy", description="entropy: w_m ∝ exp(−H_m/tau)."
+    weights: str = Field(
+        "entropy",
+        description="uniform; static; entropy: w_m ∝ exp(−H_m/tau); max_prob: w_m ∝ (largest "
+        "probability)^(1/tau); single:NAME: one teacher alone. These look at the gold token: "
+        "confidence: CA-MKD's (1 − softmax of the losses)/(M−1); min_ce: the teacher of least loss "
+        "takes all; em: constants a domain, fitted to training blocks.",
     )
-    tau: Positive = Field(1.0, description="entropy: temperature of the weights, nats.")
+    per: Literal["token", "sequence"] = Field(
+        "token",
+        description="entropy, max_prob, confidence, min_ce: of each token, or of the mean over the "
+        "scored tokens of its document in its block.",
+    )
+    tau: Positive = Field(
+        1.0, description="entropy: temperature of the weights, nats; max_prob: without a unit."
+    )
+    normalise: bool = Field(
+        False, description="entropy: divide H_m by log V, so that tau has no unit."
+    )
     static: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
         default_factory=dict, description="static: teacher → weight (normalised)."
+    )
+    prior: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="Teacher → factor of its weights, which are then normalised; 1 if not named.",
+    )
+    floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Least weight of every teacher, below 1/M: w ← floor + (1 − M·floor)·w."
+    )
+    ramp: Fraction = Field(
+        0.0,
+        description="Share of the steps over which the weights move linearly from uniform ones (times "
+        "the prior) to the chosen ones; arithmetic mixing only.",
+    )
+    calibration_blocks: Count = Field(
+        64, description="em: training blocks of a domain that it is fitted on, at most."
+    )
+    mixing: Literal["arithmetic", "geometric"] = Field(
+        "arithmetic",
+        description="Σ w p, or Π p^w normalised; geometric needs the tail as a bucket, not draws.",
     )
     teachers: tuple[str, ...] | None = Field(
         None, description="The cached teachers to fuse; all if not given."
@@ -167,6 +202,47 @@ class FusionOptions(Options):
         description="Head entries to use, the most probable ones; all that are cached if not "
         "given.",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _known(cls, weights: str) -> str:
+        parsed(weights)
+        return weights
+
+    @model_validator(mode="after")
+    def _linear(self) -> FusionOptions:
+        if self.ramp and self.mixing == "geometric":
+            raise ValueError(
+                "fusion.ramp goes with fusion.mixing: arithmetic: a geometric target is not linear in "
+                "the weights, and is made before its step is known"
+            )
+        return self
+
+    def require_teachers(self, names: Sequence[str]) -> None:
+        """Refuses weights that do not fit the teachers that are fused.
+
+        Raises:
+            ValueError: says which key.
+        """
+        listed = list(names)
+        chosen = parsed(self.weights)[1]
+        if chosen and chosen not in names:
+            raise ValueError(
+                f"fusion.weights {self.weights!r} names no fused teacher: NAME is one of {listed}"
+            )
+        if self.weights == "static" and (
+            set(self.static) != set(names) or not sum(self.static.values())
+        ):
+            raise ValueError(
+                f"fusion.static must give each of {listed} a weight, one of them positive"
+            )
+        unknown = sorted(set(self.prior) - set(names))
+        if unknown:
+            raise ValueError(f"fusion.prior names {unknown}: fused are {listed}")
+        if self.floor * len(names) >= 1:
+            raise ValueError(
+                f"fusion.floor {self.floor} must be below 1/{len(names)}, the number of fused teachers"
+            )
 
 
 class LoraOptions(Options):

@@ -1,4 +1,4 @@
-"""What changes over the run: the learning rate, as a share of its peak, and the loss's α."""
+"""What changes over the run: the learning rate, as a share of its peak, the loss's α, the weights."""
 
 from __future__ import annotations
 
@@ -50,3 +50,18 @@ def alpha_at(step: int, steps: int, options: LossOptions) -> float:
     if tail:
         share = min(share, (steps - step) / tail)
     return low + (high - low) * share
+
+
+def weights_share(step: int, steps: int, ramp: float) -> float:
+    """Returns how far the teachers' weights are on their way from the first to the chosen ones.
+
+    Linear from 0 to 1 over the first n = ⌈ramp·steps⌉ steps, both ends reached: s/(n − 1) at step s;
+    then 1.
+
+    Args:
+        step: 0-based.
+        steps: length of the run.
+        ramp: `fusion.ramp`.
+    """
+    last = math.ceil(ramp * steps) - 1
+    return min(1.0, step / last) if last > 0 else 1.0

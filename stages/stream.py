@@ -163,6 +163,7 @@ def _by_workers(
     reader: BatchReader, order: BlockOrder, position: Position, share: Share, workers: int
 ) -> Generator[Batch, None, None]:
     """Yields a rank's batches, in order, read by forked processes."""
+    reader.calibrate()  # once, before the workers are forked
     ids: Any = _micro_batches(order, position, share)
     batches: Any = DataLoader(
         _Reading(reader), sampler=ids, batch_size=None, collate_fn=_same, num_workers=workers,

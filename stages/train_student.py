@@ -37,7 +37,7 @@ from stages.parallel import ParallelStudent, full_state
 from stages.progress import Progress, Silent
 from stages.ranks import Ranks
 from stages.run import Run, require_identity
-from stages.schedule import alpha_at, lr_share
+from stages.schedule import alpha_at, lr_share, weights_share
 from stages.stop import StopSignals, names
 from stages.stream import shared_out, steps_of_batches
 from stages.student import DistilledStudent, StepLoss
@@ -186,6 +186,8 @@ class Trainer:
         options = self.run.train
         share = lr_share(self.step, self.run.steps, options)
         alpha = alpha_at(self.step, self.run.steps, self.run.loss)
+        far = weights_share(self.step, self.run.steps, self.reader.ramp)
+        batches = [self.reader.ramped(batch, far) for batch in batches]
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * share
         self.optimizer.zero_grad(set_to_none=True)

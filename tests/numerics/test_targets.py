@@ -38,7 +38,7 @@ def notes(seed: int, draws: int = S) -> NoteRows:
     found = annotate_logits(teacher(seed), GOLD, NoteRule(K, (2.0,), 1.0, draws), uniform)
     return NoteRows(
         found.ids, found.logprobs, found.entropy, found.log_tail_mass, found.log_z,
-        found.draw_ids if draws else None, found.draw_logprobs if draws else None,
+        found.gold_logprob, found.draw_ids if draws else None, found.draw_logprobs if draws else None,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import torch
 from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
 from stages.options import FusionOptions
 from stages.row_notes import NoteRule, annotate_logits
-from stages.weighting import WEIGHTINGS
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
 
@@ -39,30 +38,6 @@ def as_notes(seed: int, k: int = K, temperatures: tuple[float, ...] = (2.0,)) ->
         ),
         PooledFeatures(np.zeros((1, 0), np.int32), {}),
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
-def test_weights_are_a_distribution(name: str) -> None:
-    options = FusionOptions(weights=name, static={"a": 1.0, "b": 3.0})
-    weights = WEIGHTINGS[name](torch.rand(2, 11) * 5, ["a", "b"], options)
-    assert weights.shape == (2, 11) and bool((weights >= 0).all())
-    torch.testing.assert_close(weights.sum(0), torch.ones(11))
-
-
-def test_entropy_weights_follow_the_formula_and_its_limits() -> None:
-    entropy = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
-    found = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=0.7))
-    plain = torch.exp(-entropy / 0.7)
-    torch.testing.assert_close(found, plain / plain.sum(0))
-    far = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=1e6))
-    torch.testing.assert_close(far, torch.full((2, 2), 0.5), atol=1e-5, rtol=0)
-    near = WEIGHTINGS["entropy"](entropy, ["a", "b"], FusionOptions(tau=1e-3))
-    assert near.argmax(0).tolist() == [0, 1] and float(near.max(0).values.min()) > 0.999
-
-
-def test_static_weights_must_name_every_teacher() -> None:
-    with pytest.raises(ConfigError, match=r"fusion\.static"):
-        WEIGHTINGS["static"](torch.rand(2, 3), ["a", "b"], FusionOptions(static={"a": 1.0}))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

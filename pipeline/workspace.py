@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
+from stages.layer_pairs import Pair, resolve_pairs, wanted_layers
 from stages.model_files import (
     config_file,
     layer_count,
@@ -20,7 +21,6 @@ from stages.model_files import (
     present,
     read_config,
 )
-from stages.layer_pairs import Pair, resolve_pairs, wanted_layers
 from stages.options import LossOptions
 from stages.progress import Progress
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored

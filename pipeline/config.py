@@ -115,12 +115,28 @@ class RunConfig(Options):
         return self
 
     def _check_pairs(self) -> None:
-        features = self.loss.features
-        if features.weight and not features.pairs:
+        features, fused = self.loss.features, self.fused_teachers
+        if not features.weight:
+            return
+        if not features.pairs:
             raise ValueError("loss.features.weight is set but loss.features.pairs is empty")
-        for i, pair in enumerate(features.pairs if features.weight else ()):
+        if not any(self.teachers[name].feature_layers for name in fused):
+            raise ValueError(
+                f"loss.features.weight is set but none of {list(fused)} has feature_layers"
+            )
+        if features.pooled not in self.store.pooling:
+            raise ValueError(
+                f"loss.features.pooled is {features.pooled!r}, and store.pooling is "
+                f"{list(self.store.pooling)}"
+            )
+        if features.kind == "gram" and self.train.batch_blocks * self.store.segments < 2:
+            raise ValueError(
+                "loss.features.kind gram compares the segments of a micro-batch, and with "
+                "train.batch_blocks 1 and store.segments 1 there is only one: raise either"
+            )
+        for i, pair in enumerate(() if isinstance(features.pairs, str) else features.pairs):
             named = pair.teacher
-            layers = named if isinstance(named, dict) else dict.fromkeys(self.fused_teachers, named)
+            layers = named if isinstance(named, dict) else dict.fromkeys(fused, named)
             for name, layer in layers.items():
                 stored = self.teachers[name].feature_layers if name in self.teachers else ()
                 if layer not in stored:
@@ -230,9 +246,10 @@ def _yaml_value(text: str) -> Any:
 def _explain(error: ValidationError, path: Path) -> ConfigError:
     problems = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+        loc = tuple(part for part in item["loc"] if not str(part).startswith("["))  # tags of unions
+        key = ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            problems.append(f"{key}: unknown key{_nearest(item['loc'])}")
+            problems.append(f"{key}: unknown key{_nearest(loc)}")
         elif item["type"] == "missing":
             problems.append(f"{key}: missing")
         else:

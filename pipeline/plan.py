@@ -174,7 +174,7 @@ def _layout(work: Workspace, folder: Path, name: str, tokens: int) -> Layout:
         math.ceil(tokens / corpus.block_length), corpus.blocks_per_part, corpus.block_length,
         int(config.get("vocab_size") or 1 << 17), store.preset,
         store.entries, store.temperatures, work.config.teachers[name].feature_layers,
-        store.segments, hidden_size(config), store.drawn, store.top_p, store.seed,
+        store.segments, hidden_size(config), store.drawn, store.top_p, store.seed, (), store.pooling,
     )  # fmt: skip
 
 

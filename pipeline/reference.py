@@ -22,12 +22,12 @@ def rows(
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         inner, suffix = _section(field.annotation)
+        if inner is None or _words(field.annotation):
+            default = field.get_default(call_default_factory=True)
+            shown = "required" if default is PydanticUndefined else _value(default)
+            yield key, _type(field.annotation), shown, field.description or ""
         if inner is not None:
             yield from rows(inner, f"{key}{suffix}.")
-            continue
-        default = field.get_default(call_default_factory=True)
-        shown = "required" if default is PydanticUndefined else _value(default)
-        yield key, _type(field.annotation), shown, field.description or ""
 
 
 def table() -> str:
@@ -55,6 +55,16 @@ def _section(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     return None, ""
 
 
+def _words(annotation: Any) -> tuple[Any, ...]:
+    """Returns the words that may stand in a section's place."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(arguments[0])
+    if origin in (types.UnionType, Union):
+        return tuple(word for argument in arguments for word in _words(argument))
+    return arguments if origin is Literal else ()
+
+
 def _value(value: Any) -> str:
     if value is None:
         return "–"
@@ -74,7 +84,8 @@ def _type(annotation: Any) -> str:
     if origin in (types.UnionType, Union):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
     if origin is tuple:
-        return f"list of {_type(arguments[0])}"
+        inner = _section(arguments[0])[0]
+        return "list" if inner else f"list of {_type(arguments[0])}"
     if origin is dict:
         return f"{_type(arguments[0])} → {_type(arguments[1])}"
     names = {int: "integer", float: "number", str: "text", bool: "true or false"}

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
+from stages.layer_pairs import Pair, resolve_pairs, wanted_layers
 from stages.model_files import (
     config_file,
+    layer_count,
     locate,
     model_identity,
     parameters,
@@ -186,8 +188,31 @@ class Workspace:
             "student": {"files": self._student_files(self.student_folder()), **student},
             "fusion": config.fusion.model_dump(mode="json") if fused else {},
             "loss": loss.model_dump(mode="json"),
+            "feature_pairs": [
+                {"student": ours, "teacher": name, "layer": theirs}
+                for ours, name, theirs in self._pairs(loss, jobs)
+            ],
             "train": config.train.model_dump(mode="json", exclude=_SAME_STUDENT),
         }
+
+    def _pairs(self, loss: LossOptions, jobs: list[TeacherJob]) -> list[Pair]:
+        """Returns which layers a training aligns; depths are looked up where they decide.
+
+        Raises:
+            ConfigError: a pair that is not stored, or a model that does not tell its layers.
+        """
+        fused, student = self.config.fused_teachers, self.config.student
+        stored = {job.name: job.layout.feature_layers for job in jobs if job.name in fused}
+        if loss.features.weight == 0 or loss.features.pairs != "auto":
+            return resolve_pairs(loss.features, stored, {}, 0)
+        depths = {
+            job.name: _depth(job.folder, f"teachers.{job.name}.model")
+            for job in jobs
+            if stored.get(job.name)
+        }
+        kept = student.keep_layers
+        ours = _depth(self.student_folder(), "student") if kept is None else len(kept)
+        return resolve_pairs(loss.features, stored, depths, ours)
 
     def train_students(self) -> dict[str, Run]:
         """Trains what is not trained yet, together with the other ranks if there are any.
@@ -235,22 +260,18 @@ class Workspace:
     ) -> None:  # fmt: skip
         import torch
 
-        from stages.features import resolve_pairs
         from stages.student import DistilledStudent, build_student, require_student_fit
         from stages.train_student import Trainer
 
         # On the CPU at first: a sharded student never lies on one device whole. The seed is also
-        # that of the projections' first values.
+        # that of trained projections' first values.
         model = build_student(
             self.config.student, self.student_folder(), torch.device("cpu"), run.train.seed
         )
         require_student_fit(model, jobs[0].layout)
-        fused = self.config.fused_teachers
-        layouts = {job.name: job.layout for job in jobs if job.name in fused}
-        pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
-        sizes = {n: one.hidden_size for n, one in layouts.items()}
+        pairs, sizes = self._pairs(run.loss, jobs), {j.name: j.layout.hidden_size for j in jobs}
         bf16 = run.train.precision == "bf16"
-        student = DistilledStudent(model, run.loss, bf16, pairs, sizes)
+        student = DistilledStudent(model, run.loss, bf16, pairs, sizes, run.train.seed)
         # Two readers: one is read ahead in a thread while the other serves an evaluation.
         on_device = self.config.train.decode == "device"
         reader = self.batch_reader(name == FUSED, on_device)
@@ -293,27 +314,19 @@ class Workspace:
         from storage.blocks import BlockReader
         from storage.reader import CacheReader
 
-        config, wanted = self.config, self._feature_layers()
+        config, features = self.config, self.config.loss.features
+        stored = {name: config.teachers[name].feature_layers for name in config.fused_teachers}
+        wanted, pooled = wanted_layers(features, stored), (features.pooled,)
         caches = {
-            name: CacheReader(config.cache_folder / name, name, config.fusion.k, wanted[name])
+            name: CacheReader(
+                config.cache_folder / name, name, config.fusion.k, wanted[name], pooled
+            )
             for name in (config.fused_teachers if teachers else ())
         }
         return BatchReader(
             BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion,
-            on_device, config.loss.tail(config.store.drawn),
+            on_device, config.loss.tail(config.store.drawn), features.pooled,
         )  # fmt: skip
-
-    def _feature_layers(self) -> dict[str, tuple[int, ...]]:
-        """Returns which cached layers each fused teacher's features are read of."""
-        from stages.features import resolve_pairs
-
-        features, fused = self.config.loss.features, self.config.fused_teachers
-        stored = {name: self.config.teachers[name].feature_layers for name in fused}
-        pairs = resolve_pairs(features, stored)
-        return {
-            name: tuple(sorted({layer for _, teacher, layer in pairs if teacher == name}))
-            for name in fused
-        }
 
     # -- evaluation
 
@@ -455,6 +468,21 @@ def quiet_transformers() -> None:
     logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _depth(folder: Path, key: str) -> int:
+    """Returns how many decoder layers a model has, as its configuration says.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    count = layer_count(read_config(folder, key))
+    if count is None:
+        raise ConfigError(
+            "the model's configuration does not say how many layers it has", where=f"{key}: {folder}",
+            todo="name the layers by hand in loss.features.pairs instead of auto",
+        )  # fmt: skip
+    return count
 
 
 def _cache_cost(job: TeacherJob) -> dict[str, Any]:

@@ -57,28 +57,44 @@ def annotate_rows(
     return join(RowNotes, pieces)
 
 
-def pool(hidden_BTD: Tensor, present_BT: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """Returns the means over the present tokens of each of G equal spans, and their counts.
+def pool(
+    hidden_BTD: Tensor, present_BT: Tensor, segments: int, pooling: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Returns what stands for each of G equal spans, and how many present tokens it has.
 
     Args:
         hidden_BTD: [B, T, D].
         present_BT: bool [B, T].
         segments: G; the spans are [⌊g·T/G⌋, ⌊(g+1)·T/G⌋).
+        pooling: "mean" over the span's present tokens, or the state of the "last" of them.
 
     Returns:
         float32 [B, G, D] (0 for an empty span) and int64 [B, G]. Keeps the gradient.
     """
     length = hidden_BTD.shape[1]
-    present = present_BT.to(hidden_BTD.device)
-    means, counts = [], []
+    present, whole = present_BT.to(hidden_BTD.device), POOLS[pooling]
+    vectors, counts = [], []
     for g in range(segments):
         span = slice(g * length // segments, (g + 1) * length // segments)
-        mask = present[:, span]
-        count = mask.sum(1)
-        total = (hidden_BTD[:, span].float() * mask[..., None]).sum(1)
-        means.append(total / count.clamp_min(1)[:, None])
-        counts.append(count)
-    return torch.stack(means, 1), torch.stack(counts, 1)
+        vectors.append(whole(hidden_BTD[:, span], present[:, span]))
+        counts.append(present[:, span].sum(1))
+    return torch.stack(vectors, 1), torch.stack(counts, 1)
+
+
+def _mean(hidden_BTD: Tensor, present_BT: Tensor) -> Tensor:
+    total = (hidden_BTD.float() * present_BT[..., None]).sum(1)
+    return total / present_BT.sum(1).clamp_min(1)[:, None]
+
+
+def _last(hidden_BTD: Tensor, present_BT: Tensor) -> Tensor:
+    number = torch.arange(1, present_BT.shape[1] + 1, device=present_BT.device)
+    last = (number * present_BT).amax(1)  # 0 where there is none
+    rows = torch.arange(len(last), device=last.device)
+    return hidden_BTD[rows, (last - 1).clamp_min(0)].float() * (last > 0)[:, None]
+
+
+POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "last": _last}
+"""Pooling → [B, T, D] and bool [B, T] → float32 [B, D]."""
 
 
 class PartAnnotator:
@@ -176,15 +192,15 @@ class PartAnnotator:
     def _store_features(
         self, states: HiddenStates, present: Tensor, out: dict[str, AnyArray]
     ) -> None:
-        for layer in self.layout.feature_layers:
-            means, counts = pool(states.layers[layer], present, self.layout.segments)
-            if not bool(torch.isfinite(means).all()):
+        for name, (pooling, layer) in self.layout.feature_names().items():
+            vectors, counts = pool(states.layers[layer], present, self.layout.segments, pooling)
+            if not bool(torch.isfinite(vectors).all()):
                 raise NonFiniteLogits(
                     f"teacher {self.name!r} gave NaN or infinite hidden states",
                     where=f"layer {layer}",
                     todo=f"set teachers.{self.name}.dtype: float32, or check the checkpoint",
                 )
-            out[f"feature_{layer}"][:] = to_bfloat16(means.cpu().numpy())
+            out[name][:] = to_bfloat16(vectors.cpu().numpy())
             out["feature_count"][:] = counts.cpu().numpy()
 
     def _require_finite(self, notes: RowNotes, blocks: TokenBlocks) -> None:

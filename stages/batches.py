@@ -16,10 +16,11 @@ from torch import Tensor
 from stages.decode import DeviceDecoder, bfloat16
 from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
 from stages.mixture_em import domain_weights
-from stages.options import FusionOptions, Tail
+from stages.options import FusionOptions, Pooling, Tail
 from stages.weighting import first_weights
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache
+from storage.layout import feature_name
 from storage.reader import CacheReader
 from storage.types import Int64, TokenBlocks
 
@@ -35,7 +36,7 @@ class Batch:
         gold: int64 [R].
         domain: int64 [B], index into the corpus's domains.
         target: fused target of the R rows, or None where only gold tokens are wanted.
-        features: (teacher, layer) → float32 [B, G, D].
+        features: (teacher, layer) → float32 [B, G, D], pooled as the reader was asked to.
         segment_weights: teacher → fused weight averaged over each segment's scored rows [B, G]
             (0 where a segment has none).
         packed: teacher → arrays as the cache holds them, where they are decoded on the training
@@ -101,6 +102,7 @@ class BatchReader:
         options: how the teachers are weighted.
         on_device: leave the decoding to `ready`, on the training device.
         tail: what stands for the tail; draws where there are any, else the bucket, if not given.
+        pooled: which features a batch has; the caches must read them.
 
     Raises (on construction):
         StaleCache: a cache belongs to another corpus.
@@ -116,6 +118,7 @@ class BatchReader:
         options: FusionOptions,
         on_device: bool = False,
         tail: Tail | None = None,
+        pooled: Pooling = "mean",
     ) -> None:
         for name, cache in caches.items():
             if on_device and cache.k != cache.layout.k:
@@ -138,7 +141,7 @@ class BatchReader:
         _require_alike(caches)
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
-        self._on_device, self._tail = on_device, tail
+        self._on_device, self._tail, self._pooled = on_device, tail, pooled
         self._decoders: dict[str, DeviceDecoder] = {}
         self._fitted: Tensor | None = None
 
@@ -218,7 +221,7 @@ class BatchReader:
         features = {
             (name, layer): torch.from_numpy(values)
             for name, note in notes.items()
-            for layer, values in note.features.layers.items()
+            for layer, values in note.features.pooled(self._pooled).items()
         }
         rows = {name: rows_of(note, blocks.scored) for name, note in notes.items()}
         return self._fused(batch, rows, features)
@@ -236,7 +239,7 @@ class BatchReader:
             for name, arrays in batch.packed.items()
         }
         features = {
-            (name, layer): bfloat16(arrays[f"feature_{layer}"])
+            (name, layer): bfloat16(arrays[feature_name(self._pooled, layer)])
             for name, arrays in batch.packed.items()
             for layer in self.caches[name].layers
         }

@@ -109,6 +109,11 @@ def hidden_size(config: dict[str, Any]) -> int:
     return dimension(config, "hidden_size", "n_embd", "d_model") or 0
 
 
+def layer_count(config: dict[str, Any]) -> int | None:
+    """Returns how many decoder layers there are, if the configuration says so."""
+    return dimension(config, "num_hidden_layers", "n_layer", "num_layers")
+
+
 def context_length(config: dict[str, Any]) -> int | None:
     """Returns the longest block the model was made for, if its configuration says so."""
     return dimension(config, "max_position_embeddings", "n_positions", "n_ctx")

@@ -8,10 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from stages.weighting import parsed
 from storage.codec import PRESETS
+from storage.layout import POOLINGS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -19,6 +28,7 @@ Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Tail = Literal["draws", "bucket", "renormalised", "residual"]
+Pooling = Literal["mean", "last"]
 
 
 class Options(BaseModel):
@@ -124,6 +134,10 @@ class StoreOptions(Options):
         (1.5, 2.0), description="Temperatures ≠ 1 at which the cache can be used."
     )
     segments: Count = Field(1, description="Equal spans of a block that are pooled apart.")
+    pooling: Annotated[tuple[Pooling, ...], Field(min_length=1)] = Field(
+        ("mean",),
+        description="What is stored of each segment's hidden states: their mean, that of its last token.",
+    )
     chunk_tokens: Count = Field(
         128, description="Tokens of one chunk of logits; memory, not meaning."
     )
@@ -139,6 +153,13 @@ class StoreOptions(Options):
         if len({*grid, 1.0}) != len(grid) + 1 or not all(0.05 <= t <= 100 for t in grid):
             raise ValueError("temperatures must be distinct, not 1, and between 0.05 and 100")
         return grid
+
+    @field_validator("pooling")
+    @classmethod
+    def _ordered(cls, pooling: tuple[Pooling, ...]) -> tuple[Pooling, ...]:
+        if len(set(pooling)) != len(pooling):
+            raise ValueError("a pooling is named twice")
+        return tuple(sorted(pooling, key=POOLINGS.index))  # the order changes nothing
 
     @property
     def entries(self) -> int:
@@ -297,12 +318,34 @@ class FeaturePair(Options):
     )
 
 
+Pairs = Annotated[
+    Annotated[Literal["auto"], Tag("[auto]")]
+    | Annotated[tuple[FeaturePair, ...], Tag("[by hand]")],
+    Discriminator(lambda value: "[auto]" if isinstance(value, str) else "[by hand]"),
+]
+"""The tags tell pydantic which of the two is meant, so that an error is told once."""
+
+
 class FeatureOptions(Options):
     """Alignment of pooled hidden states."""
 
     weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="β; 0 switches it off.")
-    kind: Literal["cosine", "mse"] = Field("cosine", description="1 − cos, or mean squared error.")
-    pairs: tuple[FeaturePair, ...] = Field((), description="Layers to align.")
+    kind: Literal["cosine", "mse", "gram"] = Field(
+        "cosine",
+        description="cosine: 1 − cos after LayerNorm; mse: mean squared error; gram: of the cosines "
+        "between the segments of a micro-batch, without a projection.",
+    )
+    projection: Literal["linear", "random"] = Field(
+        "linear",
+        description="From the student's size to a teacher's. linear: trained; random: frozen, by "
+        "train.seed.",
+    )
+    pooled: Pooling = Field("mean", description="Which of store.pooling to align.")
+    pairs: Pairs = Field(
+        "auto",
+        description="Layers to align. auto: each stored layer with the student's at the same relative "
+        "depth.",
+    )
 
 
 class LossOptions(Options):

@@ -14,8 +14,9 @@ from stages.annotate import pool
 from stages.batches import Batch
 from stages.chunked_head import chunk_rows, chunked_loss
 from stages.divergences import Divergence
-from stages.features import FeatureAligner, Pair
+from stages.features import FeatureAligner
 from stages.head import Head, find_decoder_layers, run_decoder
+from stages.layer_pairs import Pair
 from stages.lora import add_adapters
 from stages.model_files import context_length
 from stages.options import LossOptions, StudentOptions
@@ -134,8 +135,9 @@ class DistilledStudent(nn.Module):
         model: a causal LM.
         options: the loss.
         autocast: whether the forward and the head's products run in bfloat16.
-        pairs: layers to align; the projections are trained and not exported.
+        pairs: layers to align; the projections are not exported.
         teacher_sizes: teacher → hidden size.
+        seed: of frozen random projections.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class DistilledStudent(nn.Module):
         autocast: bool,
         pairs: Sequence[Pair] = (),
         teacher_sizes: Mapping[str, int] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.options, self.autocast = model, options, autocast
@@ -157,7 +160,7 @@ class DistilledStudent(nn.Module):
                 expected=f"1 to {layers}", found=wrong, todo="choose existing layers",
             )  # fmt: skip
         self.aligner = (
-            FeatureAligner(pairs, options.features.kind, config.hidden_size, teacher_sizes or {})
+            FeatureAligner(pairs, options.features, config.hidden_size, teacher_sizes or {}, seed)
             if pairs
             else None
         )
@@ -198,7 +201,8 @@ class DistilledStudent(nn.Module):
     def _features(self, batch: Batch, found: Mapping[int, Tensor]) -> Tensor:
         assert self.aligner is not None
         count = next(iter(batch.segment_weights.values())).shape[1]
-        pooled = {layer: pool(hidden, batch.present, count)[0] for layer, hidden in found.items()}
+        pooling = self.options.features.pooled
+        pooled = {n: pool(hidden, batch.present, count, pooling)[0] for n, hidden in found.items()}
         with torch.autocast(batch.inputs.device.type, enabled=False):
             loss: Tensor = self.aligner(pooled, batch.features, batch.segment_weights)
         return loss

@@ -17,8 +17,8 @@ import numpy as np
 
 from stages.model_files import (
     context_length,
-    dimension,
     hidden_size,
+    layer_count,
     locate,
     model_identity,
     read_config,
@@ -30,7 +30,7 @@ from storage.durable import disk_errors
 from storage.errors import ConfigError, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
-from storage.layout import FORMAT, Layout
+from storage.layout import FORMAT, POOLINGS, Layout
 from storage.remote import Root, require_local
 from storage.writer import owners, require_identity
 
@@ -117,6 +117,7 @@ def _job(
         segments=store.segments if options.feature_layers else 1,
         hidden_size=hidden_size(config) if options.feature_layers else 0,
         generations=_generations(info),
+        pooling=store.pooling if options.feature_layers else POOLINGS[:1],
     )  # fmt: skip
     identity = {
         "format": FORMAT,
@@ -133,6 +134,8 @@ def _job(
             "temperatures": list(store.temperatures),
             "segments": layout.segments,  # 1 where nothing is pooled
             "feature_layers": list(options.feature_layers),
+            # Means alone go unsaid: so they did before there was a choice.
+            **({} if layout.pooling == POOLINGS[:1] else {"pooling": list(layout.pooling)}),
         },
     }
     require_identity(root, identity, layout)
@@ -178,7 +181,7 @@ def _require_fit(
             where="corpus.block_length", expected=f"at most {longest}", found=info.block_length,
             todo="prepare the corpus with shorter blocks, or leave this teacher out",
         )  # fmt: skip
-    layers = dimension(config, "num_hidden_layers", "n_layer", "num_layers")
+    layers = layer_count(config)
     wrong = [n for n in options.feature_layers if layers is not None and n > layers]
     if wrong:
         raise TeacherError(

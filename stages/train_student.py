@@ -20,6 +20,7 @@ from stages.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint
 from stages.device import Usage, random_state, set_random_state
 from stages.evaluate import heldout_losses
 from stages.export import export
+from stages.features import require_same_batches
 from stages.loggers import open_loggers
 from stages.lora import merged
 from stages.metrics import (
@@ -61,7 +62,8 @@ class Trainer:
 
     Raises (on construction):
         CorpusError: there is nothing to train on.
-        ConfigError: a step cannot be shared out among the ranks, or a logger is not installed.
+        ConfigError: a step cannot be shared out among the ranks, or not in the same micro-batches
+            where that matters, or a logger is not installed.
         CheckpointError: the folder's checkpoint belongs to another run, or is damaged.
     """
 
@@ -89,6 +91,7 @@ class Trainer:
         self.progress = progress if ranks.first else Silent()
         self.ranks, self.stop, self.fetch_threads = ranks, stop, fetch_threads
         self.share = shared_out(options.batch_blocks, options.accumulate, ranks.world)
+        require_same_batches(run.loss.features, options.batch_blocks, self.share[0])
         info = reader.corpus.info
         self.order = BlockOrder(
             run.train_blocks, info.blocks_per_part, options.seed, info.fingerprint

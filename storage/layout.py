@@ -28,6 +28,8 @@ from storage.types import AnyArray
 
 FORMAT = 2
 GROUP = "notes.zarr"
+POOLINGS = ("mean", "last")
+"""What a segment's features may be, in the order in which a layout names them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Layout:
         top_p: a row keeps the fewest of its K entries whose mass reaches this; 1 keeps all.
         seed: of the draws.
         generations: of a corpus that has grown; () is all blocks at one time.
+        pooling: which of POOLINGS are stored of each segment, in their order.
     """
 
     blocks: int
@@ -83,6 +86,7 @@ class Layout:
     top_p: float = 1.0
     seed: int = 0
     generations: tuple[Generation, ...] = ()
+    pooling: tuple[str, ...] = POOLINGS[:1]
 
     @property
     def codecs(self) -> Preset:
@@ -144,11 +148,19 @@ class Layout:
             specs["log_z"] = self._per_token(statistic, ("temperature", len(self.temperatures)))
         if self.feature_layers:
             specs["feature_count"] = self._spec("int32", (self.segments,), ("segment",))
-        for layer in self.feature_layers:
-            specs[f"feature_{layer}"] = self._spec(
+        for name in self.feature_names():
+            specs[name] = self._spec(
                 "uint16", (self.segments, self.hidden_size), ("segment", "hidden")
             )
         return specs
+
+    def feature_names(self) -> dict[str, tuple[str, int]]:
+        """Returns the arrays of pooled features: name → (pooling, layer)."""
+        return {
+            feature_name(pooling, layer): (pooling, layer)
+            for pooling in self.pooling
+            for layer in self.feature_layers
+        }
 
     @property
     def rank_dtype(self) -> str:
@@ -190,7 +202,11 @@ class Layout:
         return total / self.block_length
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns JSON values. Means alone go unsaid, as in caches older than the choice."""
+        fields = asdict(self)
+        if self.pooling == POOLINGS[:1]:
+            del fields["pooling"]
+        return fields
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Layout:
@@ -199,6 +215,11 @@ class Layout:
         }
         fields["generations"] = tuple(Generation(**g) for g in value["generations"])
         return cls(**fields)
+
+
+def feature_name(pooling: str, layer: int) -> str:
+    """Returns the array of one layer's features, pooled in one way."""
+    return f"feature_{layer}" if pooling == "mean" else f"feature_{pooling}_{layer}"
 
 
 def _chunk_entries(k: int) -> int:

@@ -49,16 +49,17 @@ class CacheReader:
         name: the teacher's name, for messages.
         k: how many of the head's entries are wanted, the most probable ones; all by default.
         layers: which layers' features are wanted; all by default.
+        pooled: pooled in which ways (layout.POOLINGS); in all that are stored by default.
 
     Attributes:
         identity, layout: of the cache.
-        k, layers: what `read` gives.
+        k, layers, pooled: what `read` gives.
         orders: of the cache's ids.
 
     Raises (on construction):
         IncompleteCache: no cache.
-        ConfigError: more entries or other layers than the cache holds, or fewer entries of a cache
-            with draws, which stand for the tail of its own head.
+        ConfigError: more entries, other layers or poolings than the cache holds, or fewer entries of a
+            cache with draws, which stand for the tail of its own head.
         MissingShard, CorruptShard: its orders of ids are damaged.
     """
 
@@ -68,6 +69,7 @@ class CacheReader:
         name: str = "",
         k: int | None = None,
         layers: Sequence[int] | None = None,
+        pooled: Sequence[str] | None = None,
     ) -> None:
         opened = open_cache(root)
         if opened is None:
@@ -80,7 +82,12 @@ class CacheReader:
         self._owners = owners(self.identity, self.layout)
         self._specs = self.layout.arrays()
         self.k, self.layers = _wanted(root, self.layout, k, layers)
-        unwanted = {f"feature_{n}" for n in self.layout.feature_layers if n not in self.layers}
+        self.pooled = _pooled(root, self.layout, self.layers, pooled)
+        unwanted = {
+            name
+            for name, (pooling, layer) in self.layout.feature_names().items()
+            if pooling not in self.pooled or layer not in self.layers
+        }
         self._wanted = [name for name in self._specs if name not in unwanted]
         self.orders = load_orders(root, self.layout)
         self._decoder = NotesDecoder(self.layout, self.orders)
@@ -124,8 +131,11 @@ class CacheReader:
                 expected="ranks and levels that exist", found=error,
                 todo="run `scholiast verify --deep`",
             ) from error  # fmt: skip
-        layers = {n: from_bfloat16(packed[f"feature_{n}"]) for n in self.layers}
-        notes = TeacherNotes(head, stats, PooledFeatures(packed["feature_count"], layers), draws)
+        features = PooledFeatures(packed["feature_count"], {})
+        for name, (pooling, layer) in layout.feature_names().items():
+            if name in packed:
+                features.pooled(pooling)[layer] = from_bfloat16(packed[name])
+        notes = TeacherNotes(head, stats, features, draws)
         return notes if self.k == layout.k else smaller_head(notes, self.k)
 
     def stats(self, block_ids: Int64) -> TokenStats:
@@ -233,6 +243,20 @@ def _wanted(
             todo="choose layers that are cached, or cache again with other feature_layers",
         )  # fmt: skip
     return k or layout.k, layout.feature_layers if layers is None else tuple(layers)
+
+
+def _pooled(
+    root: Root, layout: Layout, layers: Sequence[int], pooled: Sequence[str] | None
+) -> tuple[str, ...]:
+    if pooled is None:
+        return layout.pooling
+    if layers and not set(pooled) <= set(layout.pooling):
+        raise ConfigError(
+            "the cache does not hold features pooled in this way", where=root,
+            expected=f"some of {list(layout.pooling)}", found=list(pooled),
+            todo="choose what is cached, or cache again with another store.pooling",
+        )  # fmt: skip
+    return tuple(pooled)
 
 
 def smaller_head(notes: TeacherNotes, k: int) -> TeacherNotes:

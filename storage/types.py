@@ -6,7 +6,7 @@ D hidden size. Row t of a block predicts token t+1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -137,15 +137,21 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class PooledFeatures:
-    """Means of hidden states over the present tokens of each segment.
+    """Hidden states pooled over the present tokens of each segment; 0 where it has none.
 
     Attributes:
-        count: int32 [N, G], number of tokens in each mean; a mean of none is 0.
-        layers: layer (1 = output of the first decoder block) → float32 [N, G, D].
+        count: int32 [N, G], present tokens of each segment.
+        layers: layer (1 = output of the first decoder block) → their mean, float32 [N, G, D].
+        last: layer → the state of the last of them, float32 [N, G, D].
     """
 
     count: Int32
     layers: dict[int, Float32]
+    last: dict[int, Float32] = field(default_factory=dict)
+
+    def pooled(self, pooling: str) -> dict[int, Float32]:
+        """Returns layer → features pooled in one way ("mean" or "last")."""
+        return self.layers if pooling == "mean" else self.last
 
 
 @dataclass(frozen=True)

@@ -220,11 +220,27 @@ def test_smaller_head_gives_its_mass_to_the_tail(tmp_path: Path) -> None:
     again = np.exp(small.head.logprobs).sum(-1) + np.exp(small.stats.log_tail_mass)
     fits = scored & (mass <= 1)  # made-up masses may exceed 1; a tail is never more than all
     np.testing.assert_allclose(again[fits], mass[fits], rtol=1e-5)
-    assert list(small.features.layers) == [5]
+    assert list(small.features.layers) == [5] and small.features.last == {}
     with pytest.raises(ConfigError, match="1 to 32"):
         CacheReader(tmp_path, k=33)
     with pytest.raises(ConfigError, match=r"\[2, 5\]"):
         CacheReader(tmp_path, layers=[3])
+    with pytest.raises(ConfigError, match=r"some of \['mean'\]"):
+        CacheReader(tmp_path, pooled=["last"])
+    assert CacheReader(tmp_path, layers=[], pooled=["last"]).read(ids).features.last == {}
+
+
+def test_only_the_pooling_that_is_wanted_is_read(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, pooling=("mean", "last"))
+    writer = CacheWriter(tmp_path, IDENTITY, layout, lambda: some_orders(layout))
+    arrays = random_part(layout, 0, writer.orders)
+    writer.write_part(0, arrays)
+    reader, ids = CacheReader(tmp_path, layers=[5], pooled=["last"]), np.arange(3)
+    assert {n for n in reader.packed(ids) if "_last" in n or n == "feature_5"} == {"feature_last_5"}
+    features = reader.read(ids).features
+    assert features.layers == {} and list(features.pooled("last")) == [5]
+    assert np.array_equal(features.last[5], from_bfloat16(arrays["feature_last_5"]))
+    assert not np.array_equal(arrays["feature_last_5"], arrays["feature_5"])
 
 
 def test_draws_stand_for_their_own_head_only(root: Path) -> None:

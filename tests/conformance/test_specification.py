@@ -24,6 +24,14 @@ from storage.types import LOG_ZERO, AnyArray
 from storage.writer import CacheWriter
 
 GENERATIONS = (Generation(0, 4, "c"), Generation(2, 2, "d"))
+MEANS_ALONE = (
+    '{"format":2,"identity":{"corpus":"c","store":{"k":32},'
+    '"teacher":{"model.safetensors":"0"}},"layout":{"block_length":384,"blocks":7,'
+    '"blocks_per_part":3,"draws":5,"feature_layers":[2,5],"generations":[],"hidden_size":6,'
+    '"k":32,"preset":"balanced","seed":0,"segments":2,"temperatures":[1.5,2.0],"top_p":1.0,'
+    '"vocab_size":70000},'
+    '"sha256":"91d0e3a246410a890af400871afe2484ab4c236337d154ce50823af42872ae25"}'
+)
 
 
 def write(root: Path, layout: Layout) -> Path:
@@ -53,6 +61,8 @@ def require_same(root: Path, layout: Layout, blocks: list[int]) -> None:
             expected["feature_count"] = ours.features.count[n]
         for layer, values in ours.features.layers.items():
             expected[f"feature_{layer}"] = values[n]
+        for layer, values in ours.features.last.items():
+            expected[f"feature_last_{layer}"] = values[n]
         assert set(found) == set(expected)
         for name, value in expected.items():
             assert np.array_equal(found[name], value), (block, name)
@@ -75,6 +85,8 @@ def test_reader_from_the_text_gives_what_ours_gives(
         {"vocab_size": 200},  # every id is near to every class, ranks are uint16
         {"temperatures": (), "preset": "compact"},  # draws without logprobs
         {"draws": 0, "feature_layers": ()},
+        {"pooling": ("mean", "last")},
+        {"pooling": ("last",)},
         {"blocks": 6, "generations": GENERATIONS},
     ],
     ids=str,
@@ -88,6 +100,17 @@ def test_so_it_is_with_what_may_be_absent_and_in_a_grown_cache(
     if layout.generations:
         with pytest.raises(ValueError, match="no block 4"):  # the gap between generations
             Reader(tmp_path).read(4)
+
+
+def test_means_alone_go_unsaid_as_before_there_was_a_choice(tmp_path: Path) -> None:
+    """The very bytes of cache.json that were written then, and what they are read as."""
+    CacheWriter(tmp_path, IDENTITY, LAYOUT, some_orders)
+    assert (tmp_path / "cache.json").read_text() == MEANS_ALONE
+    assert Layout.from_dict(json.loads(MEANS_ALONE)["layout"]) == LAYOUT
+    assert LAYOUT.pooling == ("mean",) and CacheReader(tmp_path).pooled == ("mean",)
+    both = replace(LAYOUT, pooling=("mean", "last"))
+    assert both.to_dict() == {**LAYOUT.to_dict(), "pooling": ("mean", "last")}
+    assert list(both.arrays())[: len(LAYOUT.arrays())] == list(LAYOUT.arrays())
 
 
 def test_levels_and_statistics_are_the_formulas_of_the_text(tmp_path: Path) -> None:

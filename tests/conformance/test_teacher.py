@@ -146,10 +146,10 @@ def test_notes_are_those_of_a_dense_forward(tmp_path: Path, k: int, padding: int
         assert not per_token[~scored].any()
 
 
-def test_features_are_means_over_present_tokens(tmp_path: Path) -> None:
+def test_features_are_means_over_present_tokens_and_the_last_of_them(tmp_path: Path) -> None:
     make_model(tmp_path / "m", V, 5)
     backend, given = teacher(tmp_path / "m"), blocks()
-    arrays = annotated(backend, layout(), 5, 1)[0]
+    arrays = annotated(backend, layout(pooling=("mean", "last")), 5, 1)[0]
     assert arrays["feature_count"].tolist() == [[12, 12], [12, 6]]
     tokens = torch.from_numpy(given.inputs.astype(np.int64))
     states = backend.forward(tokens, torch.from_numpy(given.positions), (1, 3))
@@ -157,6 +157,10 @@ def test_features_are_means_over_present_tokens(tmp_path: Path) -> None:
         expected = states.layers[layer][1, 12:18].mean(0).numpy()
         found = from_bfloat16(arrays[f"feature_{layer}"])[1, 1]
         np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-3)
+        for place, position in (((0, 0), 11), ((0, 1), 23), ((1, 0), 11), ((1, 1), 17)):
+            expected = states.layers[layer][place[0], position].numpy()
+            found = from_bfloat16(arrays[f"feature_last_{layer}"])[place]
+            np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])

@@ -136,6 +136,16 @@ def play(config: str, root: Path) -> dict[str, Any]:
     go("lean", "all", two, **fsdp, **lean)
     go("lean_one", "all", [calm], **lean)
 
+    few = {"train__batch_blocks": 2, "train__accumulate": 2, "train__steps": 4}
+    gram = {"loss__features__kind": "gram", **few}
+    go("gram", "all", two, **gram)
+    go("gram_one", "all", [calm], **gram)
+    go("gram_cut", "all", two, **{**gram, "train__accumulate": 1})
+    frozen = {"loss__features__projection": "random", "loss__features__pairs": "auto", **few}
+    go("frozen", "killed", [calm, Plan({4: signal.SIGKILL})], **fsdp, **frozen)
+    go("frozen", "rest", [calm], **frozen)
+    go("frozen_one", "all", [calm], **frozen)
+
     first, second = sorted(moments.sample(range(8, 19), 2))
     came["kills"] = [first, second]
     go("killed", "one", [Plan({first: signal.SIGKILL})], train__async_checkpoint="true")

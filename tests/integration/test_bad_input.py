@@ -136,6 +136,10 @@ def test_layer_that_does_not_exist(lab: Lab, cli: Cli) -> None:
         ({"fusion": {"weights": "static", "static": {"one": 1.0}}}, "fusion.static must give"),
         ({"loss__features__pairs": []}, "loss.features.pairs is empty"),
         ({"teachers__two__feature_layers": [1]}, "teachers.two.feature_layers is [1]"),
+        (
+            {"fusion": {"teachers": ["two"]}, "teachers__two__feature_layers": []},
+            "none of ['two'] has feature_layers",
+        ),
     ],
 )
 def test_what_stage_two_would_miss_is_told_before_stage_one(

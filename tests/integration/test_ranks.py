@@ -111,6 +111,22 @@ def test_two_ranks_give_the_curve_of_one(played: dict[str, Any], folder: Path, n
     require_same_curve(folder / name, folder / "one")
 
 
+def test_gram_matrices_are_of_the_same_micro_batches(played: dict[str, Any], folder: Path) -> None:
+    assert codes(played["gram"]["all"]) == [0, 0] and codes(played["gram_one"]["all"]) == [0]
+    assert curve(folder / "gram_one")[1]["features"] > 1e-4
+    require_same_curve(folder / "gram", folder / "gram_one", steps=4)
+    assert codes(played["gram_cut"]["all"]) == [2, 2]
+    assert all("take whole micro-batches" in text for _, text in played["gram_cut"]["all"])
+
+
+def test_frozen_projections_are_the_same_on_all_ranks(played: dict[str, Any], folder: Path) -> None:
+    """Two ranks, sharded; one killed after a checkpoint; the rest by one process."""
+    assert codes(played["frozen"]["killed"]) == [1, -signal.SIGKILL]
+    assert "going on from step 3" in played["frozen"]["rest"][0][1]
+    assert codes(played["frozen_one"]["all"]) == [0]
+    require_same_curve(folder / "frozen", folder / "frozen_one", steps=4)
+
+
 def test_what_is_exported_is_the_same_model(played: dict[str, Any], folder: Path) -> None:
     models = [
         load_file(folder / name / "students/fused/model/model.safetensors")

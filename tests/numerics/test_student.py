@@ -68,10 +68,9 @@ def plain(student: DistilledStudent, batch: Batch) -> Tensor:
             for projection, (layer, name, theirs) in zip(
                 student.aligner.projections, student.aligner.pairs, strict=True
             ):
-                mean = out.hidden_states[layer][b, span][present].mean(0)
-                cosine = cosine_similarity(
-                    projection(mean), batch.features[name, theirs][b, g], dim=-1
-                )
+                ours = projection(out.hidden_states[layer][b, span][present].mean(0))
+                given = batch.features[name, theirs][b, g]
+                cosine = cosine_similarity(ours - ours.mean(), given - given.mean(), dim=-1)
                 weight = weights[names.index(name), b, span][scored].mean()
                 features = features + weight * (1 - cosine) / 2  # two student layers
     assert segments == _segments(batch)

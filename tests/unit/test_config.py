@@ -51,12 +51,35 @@ def test_demo_is_valid_and_frozen() -> None:
         ("loss={divergence: js, target: residual}", "can be auto or bucket, and residual goes"),
         ("loss={divergence: tv, target: draws}", "can be auto or bucket, and draws goes"),
         ("loss={alpha_schedule: wsd, alpha_decay: 0.95}", "together exceed the run"),
+        ("store.pooling=[mean, mean]", "a pooling is named twice"),
+        ("store.pooling=[]", r"store\.pooling: .*at least 1"),
+        ("loss.features.pooled=last", r"pooled is 'last', and store.pooling is \['mean'\]"),
+        ("loss.features.kind=gram", "train.batch_blocks 1 and store.segments 1 there is only one"),
+        ("loss.features.pairs=atuo", r"loss\.features\.pairs: Input should be 'auto'"),
+        ("loss.features.pairs=[{studnt: 1}]", r"pairs\.0\.studnt: unknown key; did you mean 'stud"),
     ],
 )
 def test_mistakes_are_named(override: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         load_config(DEMO, [override])
     assert caught.value.exit_code == 2
+
+
+def test_an_error_in_a_pair_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, ["loss.features.pairs=[{student: 0, teacher: 29}]"])
+    assert "pairs.0.student: Input should be greater than or equal to 1" in caught.value.what
+    assert "more)" not in caught.value.what
+
+
+def test_features_may_be_asked_for_in_other_ways() -> None:
+    config = load_config(
+        DEMO, ["store.pooling=[last, mean]", "store.segments=2", "loss.features.pooled=last",
+               "loss.features.kind=gram", "loss.features.pairs=auto"],
+    )  # fmt: skip
+    assert config.store.pooling == ("mean", "last") and config.loss.features.pairs == "auto"
+    config = load_config(DEMO, ["loss.features.weight=0", "loss.features.kind=gram"])
+    assert config.loss.features.kind == "gram"
 
 
 def test_the_tail_follows_the_divergence_and_the_cache() -> None:

@@ -11,7 +11,7 @@ import zarr
 from pipeline.cli import main
 from pipeline.reference import rows, table
 from storage.codec import PRESETS
-from storage.layout import GROUP, Layout, create_group
+from storage.layout import GROUP, POOLINGS, Layout, create_group
 from storage.orders import learn_orders
 
 TOP = Path(__file__).resolve().parents[2]
@@ -34,7 +34,8 @@ def test_every_command_is_described_with_an_example() -> None:
 def test_every_stored_array_and_layout_field_is_in_the_format(tmp_path: Path) -> None:
     text = (TOP / "storage/README.md").read_text()
     for preset in PRESETS:
-        layout = Layout(1, 1, 8, 100, preset, 4, (2.0,), (3,), 1, 4, draws=2, top_p=0.9)
+        layout = Layout(1, 1, 8, 100, preset, 4, (2.0,), (3,), 1, 4, draws=2, top_p=0.9,
+                        pooling=POOLINGS)  # fmt: skip
         path = tmp_path / preset / GROUP
         create_group(path, layout, learn_orders(np.zeros((0, 4), np.int64), 100))
         for name in zarr.open_group(path, mode="r").array_keys():

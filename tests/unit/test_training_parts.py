@@ -1,4 +1,4 @@
-"""Schedules, feature alignment, pooling, layer cutting."""
+"""Schedules, weights of segments, layer cutting."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from stages.annotate import pool
 from stages.batches import segment_means
-from stages.features import FeatureAligner, resolve_pairs
-from stages.options import FeatureOptions, LossOptions, TrainOptions
+from stages.options import LossOptions, TrainOptions
 from stages.schedule import alpha_at, lr_share
 from stages.student import cut_layers
 from storage.errors import ConfigError
@@ -45,54 +43,10 @@ def test_alpha_is_constant_or_falls_or_rises_stays_and_falls() -> None:
     assert up == pytest.approx([0.45, 0.9, 0.9, 0.9])
 
 
-def test_pool_means_present_tokens_only() -> None:
-    hidden = torch.arange(24, dtype=torch.float32).view(1, 8, 3)
-    present = torch.tensor([[1, 1, 0, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    means, counts = pool(hidden, present, 2)
-    assert counts.tolist() == [[3, 0]]
-    torch.testing.assert_close(means[0, 0], hidden[0, [0, 1, 3]].mean(0))
-    assert float(means[0, 1].abs().max()) == 0.0
-
-
 def test_segment_means_follow_the_scored_rows() -> None:
     scored = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
     means = segment_means(torch.tensor([1.0, 2.0, 4.0, 8.0]), scored, 2)
     assert means.tolist() == [[1.0, 3.0], [0.0, 8.0]]
-
-
-def aligned(kind: str, theirs: torch.Tensor, weight: float) -> torch.Tensor:
-    torch.manual_seed(0)
-    aligner = FeatureAligner([(1, "a", 2)], kind, 4, {"a": 6})
-    ours = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(1))
-    projected = aligner.projections[0](ours)
-    given = projected.detach() if theirs is None else theirs
-    return aligner({1: ours}, {("a", 2): given}, {"a": torch.full((2, 1), weight)})
-
-
-@pytest.mark.parametrize("kind", ["cosine", "mse"])
-def test_alignment_is_zero_at_the_teacher_and_scales_with_its_weight(kind: str) -> None:
-    assert float(aligned(kind, None, 1.0)) == pytest.approx(0.0, abs=1e-6)  # type: ignore[arg-type]
-    theirs = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(3))
-    whole, half = aligned(kind, theirs, 1.0), aligned(kind, theirs, 0.5)
-    assert float(whole) > 0.1
-    torch.testing.assert_close(half * 2, whole)
-    assert float(aligned(kind, theirs, 0.0)) == 0.0
-
-
-def test_pairs_must_be_stored() -> None:
-    stored = {"a": (2, 3), "b": (3,)}
-    options = FeatureOptions(weight=1.0, pairs=({"student": 1, "teacher": 3},))
-    assert resolve_pairs(options, stored) == [(1, "a", 3), (1, "b", 3)]
-    by_name = FeatureOptions(weight=1.0, pairs=({"student": 1, "teacher": {"a": 2}},))
-    assert resolve_pairs(by_name, stored) == [(1, "a", 2)]
-    assert resolve_pairs(FeatureOptions(), stored) == []
-    for pairs, match in (
-        (({"student": 1, "teacher": 2},), "'b' holds no features of layer 2"),
-        (({"student": 1, "teacher": {"c": 2}},), "no teacher 'c'"),
-        ((), "no layers"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            resolve_pairs(FeatureOptions(weight=1.0, pairs=pairs), stored)
 
 
 def test_cut_student_computes_with_the_kept_layers(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class Workspace:
             return self._train_on(ranks, stop)
 
     def _train_on(self, ranks: Ranks, stop: StopSignals) -> dict[str, Run]:
-        from stages.run import finished
+        from stages.run import claimed, finished
 
         ranks.on_first(self.ensure_assets)
         info, jobs = self.finished_jobs()
@@ -215,7 +215,8 @@ class Workspace:
         waiting = ranks.on_first(lambda: [n for n, run in runs.items() if not finished(run)])
         tokenizer = self._student_tokenizer() if waiting else None
         for name in waiting:
-            self._train(name, runs[name], jobs, tokenizer, ranks, stop)
+            with claimed(runs[name], ranks):
+                self._train(name, runs[name], jobs, tokenizer, ranks, stop)
         return runs
 
     def _student_tokenizer(self) -> Any:

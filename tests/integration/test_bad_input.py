@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import Lab, make_model, make_tokenizer, sentences
 
+from storage import durable
 from storage.errors import CorpusError
 
 Cli = Callable[..., Any]
@@ -100,6 +104,26 @@ def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     refused(cli("train-student", config), path.name, "older step-* folder")
     (folder / "checkpoints/latest").write_text("step-00000004")
     assert cli("train-student", config).exit_code == 0
+
+
+def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
+    """The second is refused as long as the first lives; a kill leaves no lock behind."""
+    config = lab.write()
+    assert cli("cache-teachers", config).exit_code == 0
+    folder = lab.root / "run/students/fused"
+    folder.mkdir(parents=True)
+    began, begin = os.pipe()
+    child = os.fork()
+    if not child:
+        with durable.claimed(folder / ".training"):
+            os.write(begin, b"!")
+            time.sleep(600)
+    os.read(began, 1)
+    refused(cli("train-student", config), "another training", str(folder), f"process {child} on")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert cli("train-student", config).exit_code == 0
+    assert not (folder / ".training").exists()
 
 
 def test_empty_corpus(lab: Lab, cli: Cli) -> None:

@@ -126,6 +126,11 @@ def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
     assert not (folder / ".training").exists()
 
 
+def test_numbers_that_the_optimizer_would_refuse(lab: Lab, cli: Cli) -> None:
+    refused(cli("plan", lab.write(train__betas=[1.0, 0.9])), "train.betas.0", code=2)
+    refused(cli("plan", lab.write(train__seed=2**64)), "train.seed", code=2)
+
+
 def test_empty_corpus(lab: Lab, cli: Cli) -> None:
     for name in ("x", "y", "held"):
         (lab.root / f"{name}.jsonl").write_text('{"text": ""}\n')

@@ -257,6 +257,28 @@ def test_a_logger_that_is_not_installed_is_named(
         open_lab(cached, f"no-{name}", train__loggers=[name]).train_students()
 
 
+def test_tensorboard_drops_what_a_killed_run_logged(
+    cached: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run writes those steps again."""
+    purged: list[int] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            purged.append(purge_step)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    options = {"train__loggers": ["tensorboard"], "train__checkpoint_every": 6}
+    run = open_lab(cached, "purged", **options).train_students()["fused"]
+    (run.model_folder / "scholiast.json").unlink()
+    open_lab(cached, "purged", **options).train_students()
+    assert purged == [0, 7]
+
+
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     folder = tmp_path / "run/students/fused"
     metrics = MetricsLog(folder / "metrics.jsonl", open_loggers(("tensorboard",), folder, {}))

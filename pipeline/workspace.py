@@ -151,7 +151,7 @@ class Workspace:
         from stages.run import Run
 
         config = self.config
-        settings = read_config(self.student_folder(), "student.model")
+        settings = read_config(self.student_folder(), self._student_key)
         dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
         heldout, train = info.block_ids("heldout"), info.ranges("train")
         losses = {FUSED: config.loss}
@@ -237,6 +237,8 @@ class Workspace:
         import torch
 
         from stages.features import resolve_pairs
+        from stages.head import Head
+        from stages.model_checks import check_model
         from stages.student import DistilledStudent, build_student, require_student_fit
         from stages.train_student import Trainer
 
@@ -246,6 +248,7 @@ class Workspace:
             self.config.student, self.student_folder(), torch.device("cpu"), run.train.seed
         )
         require_student_fit(model, jobs[0].layout)
+        check_model(model, Head.of(model, bfloat16=False), self._student_key, "student.attention")
         fused = self.config.fused_teachers
         layouts = {job.name: job.layout for job in jobs if job.name in fused}
         pairs = resolve_pairs(run.loss.features, {n: x.feature_layers for n, x in layouts.items()})
@@ -434,6 +437,11 @@ class Workspace:
         if student.model is None:
             return Path(str(student.config))
         return locate(student.model, student.revision, "student.model")
+
+    @property
+    def _student_key(self) -> str:
+        """The key of the configuration that says where the student comes from."""
+        return "student.config" if self.config.student.model is None else "student.model"
 
     def _student_files(self, folder: Path) -> dict[str, str]:
         if self.config.student.model is None:

@@ -131,6 +131,22 @@ def test_numbers_that_the_optimizer_would_refuse(lab: Lab, cli: Cli) -> None:
     refused(cli("plan", lab.write(train__seed=2**64)), "train.seed", code=2)
 
 
+def test_a_student_that_cannot_be_packed(lab: Lab, cli: Cli) -> None:
+    """Its recurrent layers would carry one document's state into the next, and nothing would tell."""
+    config = {
+        "model_type": "recurrent_gemma", "vocab_size": lab.vocab_size, "hidden_size": 32,
+        "lru_width": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3,
+        "logits_soft_cap": 1e6,  # another head of its own: that would be refused first
+    }  # fmt: skip
+    (lab.root / "student").mkdir()
+    (lab.root / "student/config.json").write_text(json.dumps(config))
+    path = lab.write(student={"config": f"{lab.root}/student"})
+    assert cli("cache-teachers", path).exit_code == 0
+    refused(cli("train-student", path), "lets a packed document see", "student.attention")
+    absent = lab.write(student={"config": f"{lab.root}/none"})
+    refused(cli("train-student", absent), f"student.config: {lab.root}/none")
+
+
 def test_empty_corpus(lab: Lab, cli: Cli) -> None:
     for name in ("x", "y", "held"):
         (lab.root / f"{name}.jsonl").write_text('{"text": ""}\n')

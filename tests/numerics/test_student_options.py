@@ -215,6 +215,16 @@ def test_only_the_gradients_that_are_wanted_are_computed(
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_head_that_is_not_reproduced_is_refused(cached: Lab) -> None:
+    model = build_student(StudentOptions(model="a"), cached.root / "a", CPU).train()
+    weight = model.get_output_embeddings().weight
+    check_model(model, Head.of(model, False), "student.model", "student.attention")
+    assert model.training
+    for rule in (HeadRule(scale=0.5), HeadRule(softcap=3.0)):
+        with pytest.raises(TeacherError, match="not one that this version reproduces"):
+            check_model(model, Head(weight, None, rule, False), "student.model", "")
+
+
 class FakeTracker(types.ModuleType):
     """What wandb and trackio have in common."""
 

@@ -92,16 +92,21 @@ def save_checkpoint(
             (temporary / _FACTS).write_text(json.dumps({**body, "sha256": fingerprint(body)}))
             durable.replace_folder(temporary, root / name)
             durable.write_bytes(root / _LATEST, name.encode())
-        there = _folders(root)
-        kept = [number for number in sorted(there) if number <= step][-keep:]
-        for number in there.keys() - set(kept):
-            shutil.rmtree(there[number])
+        _prune(root, step, keep)
 
     ranks.on_first(begin)
     digests = ranks.gather(ranks.together(write))
     files = {name: digest for mine in digests for name, digest in sorted(mine.items())}
     body = {**facts, "step": step, "ranks": ranks.world, "files": files}
     ranks.on_first(commit)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Drops all checkpoints but the last `keep` up to a step."""
+    there = _folders(root)
+    kept = [number for number in there if number <= step][-keep:]
+    for number in there.keys() - set(kept):
+        shutil.rmtree(there[number])
 
 
 def _written_by(folder: Path, ranks: Ranks) -> list[Path]:

@@ -131,6 +131,13 @@ def test_numbers_that_the_optimizer_would_refuse(lab: Lab, cli: Cli) -> None:
     refused(cli("plan", lab.write(train__seed=2**64)), "train.seed", code=2)
 
 
+def test_a_rule_between_keys_is_told_without_a_dump(lab: Lab, cli: Cli) -> None:
+    wrong = {"train__schedule": "wsd", "train__warmup": 0.9, "train__decay": 0.9}
+    result = cli("plan", lab.write(**wrong))
+    refused(result, "not valid: train: `warmup` and `decay` together exceed the run\n", code=2)
+    assert "Value error" not in result.output and "'accumulate'" not in result.output
+
+
 def test_a_student_that_cannot_be_packed(lab: Lab, cli: Cli) -> None:
     """Its recurrent layers would carry one document's state into the next, and nothing would tell."""
     config = {

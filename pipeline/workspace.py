@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,7 +217,8 @@ class Workspace:
         tokenizer = self._student_tokenizer() if waiting else None
         for name in waiting:
             with claimed(runs[name], ranks):
-                self._train(name, runs[name], jobs, tokenizer, ranks, stop)
+                if not ranks.on_first(partial(finished, runs[name])):  # nor by another meanwhile
+                    self._train(name, runs[name], jobs, tokenizer, ranks, stop)
         return runs
 
     def _student_tokenizer(self) -> Any:

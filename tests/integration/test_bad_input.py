@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
     os.waitpid(child, 0)
     assert cli("train-student", config).exit_code == 0
     assert not (folder / ".training").exists()
+
+
+def test_a_student_that_another_process_has_finished_meanwhile(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lab.write()
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, config).exit_code == 0
+    done = lab.root / "run/students/fused/model/scholiast.json"
+    aside, before = done.rename(lab.root / "aside.json"), done.parent.stat().st_ino
+
+    @contextlib.contextmanager
+    def claimed(path: Path) -> Iterator[None]:
+        aside.rename(done)
+        yield
+
+    monkeypatch.setattr(durable, "claimed", claimed)
+    assert cli("train-student", config).exit_code == 0
+    assert done.parent.stat().st_ino == before, "exported once more"
 
 
 def test_numbers_that_the_optimizer_would_refuse(lab: Lab, cli: Cli) -> None:

@@ -253,8 +253,10 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
         elif item["type"] == "missing":
             problems.append(f"{key}: missing")
         else:
-            found = f" (found {item['input']!r:.60})" if key else ""
-            problems.append(f"{key}: {item['msg']}{found}".removeprefix(": "))
+            told = item["msg"].removeprefix("Value error, ")
+            shown = key and not isinstance(item["input"], Mapping)  # a whole section says nothing
+            found = f" (found {item['input']!r:.60})" if shown else ""
+            problems.append(f"{key}: {told}{found}".removeprefix(": "))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     listed = "\n             ".join(problems)
     return ConfigError(

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,7 @@ class Workspace:
         from stages.run import Run
 
         config = self.config
-        settings = read_config(self.student_folder(), "student.model")
+        settings = read_config(self.student_folder(), self._student_key)
         dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
         heldout, train = info.block_ids("heldout"), info.ranges("train")
         losses = {FUSED: config.loss}
@@ -231,7 +232,7 @@ class Workspace:
             return self._train_on(ranks, stop)
 
     def _train_on(self, ranks: Ranks, stop: StopSignals) -> dict[str, Run]:
-        from stages.run import finished
+        from stages.run import claimed, finished
 
         ranks.on_first(self.ensure_assets)
         info, jobs = self.finished_jobs()
@@ -240,7 +241,9 @@ class Workspace:
         waiting = ranks.on_first(lambda: [n for n, run in runs.items() if not finished(run)])
         tokenizer = self._student_tokenizer() if waiting else None
         for name in waiting:
-            self._train(name, runs[name], jobs, tokenizer, ranks, stop)
+            with claimed(runs[name], ranks):
+                if not ranks.on_first(partial(finished, runs[name])):  # nor by another meanwhile
+                    self._train(name, runs[name], jobs, tokenizer, ranks, stop)
         return runs
 
     def _student_tokenizer(self) -> Any:
@@ -260,6 +263,8 @@ class Workspace:
     ) -> None:  # fmt: skip
         import torch
 
+        from stages.head import Head
+        from stages.model_checks import check_model
         from stages.student import DistilledStudent, build_student, require_student_fit
         from stages.train_student import Trainer
 
@@ -269,6 +274,7 @@ class Workspace:
             self.config.student, self.student_folder(), torch.device("cpu"), run.train.seed
         )
         require_student_fit(model, jobs[0].layout)
+        check_model(model, Head.of(model, bfloat16=False), self._student_key, "student.attention")
         pairs, sizes = self._pairs(run.loss, jobs), {j.name: j.layout.hidden_size for j in jobs}
         bf16 = run.train.precision == "bf16"
         student = DistilledStudent(model, run.loss, bf16, pairs, sizes, run.train.seed)
@@ -446,6 +452,11 @@ class Workspace:
         if student.model is None:
             return Path(str(student.config))
         return locate(student.model, student.revision, "student.model")
+
+    @property
+    def _student_key(self) -> str:
+        """The key of the configuration that says where the student comes from."""
+        return "student.config" if self.config.student.model is None else "student.model"
 
     def _student_files(self, folder: Path) -> dict[str, str]:
         if self.config.student.model is None:

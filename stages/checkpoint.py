@@ -1,8 +1,9 @@
 """Training checkpoints by DCP (torch.distributed.checkpoint), for resuming on any number of ranks.
 
 A checkpoint is a folder of its own. All ranks write their pieces under another name and hash them; then
-rank 0 writes the facts, renames the folder and, last, replaces `latest` atomically: a checkpoint counts
-only once `latest` names it. Overwriting one in place would lose it at the wrong moment.
+rank 0 writes the facts, renames the folder and, last, replaces `latest` atomically. A folder with its own
+name is thus whole, and `latest` says which one the training goes on from (without `latest`, the newest).
+Overwriting one in place would lose it at the wrong moment.
 
 Names of tensors do not depend on how the student is parallel, and DCP cuts them anew when it loads, so
 a checkpoint of one process, of DDP or of FSDP2 serves any of them.
@@ -31,9 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from stages.ranks import Ranks
 from storage import durable
 from storage.errors import CheckpointError
-from storage.fingerprint import file_sha256
+from storage.fingerprint import file_sha256, fingerprint
 
-_LATEST = "latest"
+_LATEST, _FACTS = "latest", "facts.json"
 
 
 @contextlib.contextmanager
@@ -52,7 +53,9 @@ def _dcp() -> Iterator[None]:
 def save_checkpoint(
     root: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], keep: int, ranks: Ranks
 ) -> None:
-    """Commits the state after `step` and drops all but the last `keep` checkpoints.
+    """Commits the state after `step` and drops all but the last `keep` checkpoints up to it.
+
+    Later ones are of a course that was left, by a kill or by hand, and go as well.
 
     Args:
         root: folder of the run's checkpoints, seen by all ranks.
@@ -67,9 +70,12 @@ def save_checkpoint(
     temporary = root / f".{name}.tmp"
 
     def begin() -> None:
+        for left in root.glob(".step-*.tmp"):  # by a kill, or by a disk that was full
+            shutil.rmtree(left, ignore_errors=True)
         size = sum(t.nbytes for t in _leaves(tensors))
-        durable.require_free(root, size + (16 << 20), f"the checkpoint of step {step}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        durable.require_free(
+            root, size + (16 << 20), f"the checkpoint of step {step}", "train.keep_checkpoints"
+        )
         with durable.disk_errors(root):
             temporary.mkdir(parents=True)
 
@@ -83,17 +89,24 @@ def save_checkpoint(
 
     def commit() -> None:
         with durable.disk_errors(root):
-            (temporary / "facts.json").write_text(json.dumps(body))
+            (temporary / _FACTS).write_text(json.dumps({**body, "sha256": fingerprint(body)}))
             durable.replace_folder(temporary, root / name)
             durable.write_bytes(root / _LATEST, name.encode())
-        for old in sorted(root.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        _prune(root, step, keep)
 
     ranks.on_first(begin)
     digests = ranks.gather(ranks.together(write))
     files = {name: digest for mine in digests for name, digest in sorted(mine.items())}
     body = {**facts, "step": step, "ranks": ranks.world, "files": files}
     ranks.on_first(commit)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Drops all checkpoints but the last `keep` up to a step."""
+    there = _folders(root)
+    kept = [number for number in there if number <= step][-keep:]
+    for number in there.keys() - set(kept):
+        shutil.rmtree(there[number])
 
 
 def _written_by(folder: Path, ranks: Ranks) -> list[Path]:
@@ -104,6 +117,12 @@ def _written_by(folder: Path, ranks: Ranks) -> list[Path]:
         if (int(mark[1]) if mark else 0) == ranks.rank:
             found.append(path)
     return found
+
+
+def _folders(root: Path) -> dict[int, Path]:
+    """Returns the checkpoints of a run, step → folder, ascending."""
+    marks = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in root.glob("step-*"))
+    return dict(sorted((int(mark[1]), path) for mark, path in marks if mark))
 
 
 def _leaves(value: Any) -> Iterator[torch.Tensor]:
@@ -164,13 +183,21 @@ def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """Returns the newest checkpoint's folder and facts, or None if there is none.
 
     Raises:
-        CheckpointError: `latest` names what is not there or cannot be read.
+        CheckpointError: `latest` names what is not there, or it cannot be read.
     """
-    pointer = root / _LATEST
-    if not pointer.exists():
-        return None
-    folder = root / pointer.read_text().strip()
-    return folder, read_facts(folder)
+    pointer, there = root / _LATEST, list(_folders(root).values())
+    if pointer.exists():
+        name = pointer.read_bytes().decode(errors="replace").strip()
+        found = [folder for folder in there if folder.name == name]
+        if not found:
+            raise CheckpointError(
+                "the file names no checkpoint that is there", where=pointer,
+                expected=f"one of {[folder.name for folder in there] or 'none'}", found=repr(name),
+                todo=f"write one of these names into it, or delete {root} to train from the beginning",
+            )  # fmt: skip
+    else:  # a kill came between the first checkpoint's name and this file
+        found = there[-1:]
+    return (found[0], read_facts(found[0])) if found else None
 
 
 def checkpoint_of(root: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
@@ -179,14 +206,13 @@ def checkpoint_of(root: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     Raises:
         CheckpointError: there is none.
     """
-    found = latest_checkpoint(root)
-    if found is not None and step is not None:
-        folder = root / f"step-{step:08d}"
-        found = (folder, read_facts(folder)) if folder.is_dir() else None
+    there = _folders(root)
+    if step in there:
+        return there[step], read_facts(there[step])
+    found = latest_checkpoint(root) if step is None else None
     if found is None:
-        there = [int(path.name.rsplit("-", 1)[1]) for path in sorted(root.glob("step-*"))]
         raise CheckpointError(
-            "there is no such checkpoint", where=root, expected=f"one of {there or 'none'}",
+            "there is no such checkpoint", where=root, expected=f"one of {list(there) or 'none'}",
             found="the newest" if step is None else f"step {step}",
             todo="name one that is there; train.keep_checkpoints says how many are kept",
         )  # fmt: skip
@@ -197,18 +223,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """Returns what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or its own checksum does not hold.
     """
     try:
-        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-        return facts
-    except (OSError, ValueError) as error:
-        root = folder.parent
+        facts: dict[str, Any] = json.loads((folder / _FACTS).read_bytes())
+        whole = facts.pop("sha256") == fingerprint(facts)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        whole = False
+    if not whole:
         raise CheckpointError(
-            f"the checkpoint cannot be read: {error}", where=folder,
-            todo=f"write the name of an older step-* folder into {root / _LATEST}, or delete {root} "
-            "to train from the beginning",
-        ) from error  # fmt: skip
+            "the checkpoint's facts are missing, or are not those that were written",
+            where=folder / _FACTS, todo=_older(folder),
+        )  # fmt: skip
+    return facts
+
+
+def _older(folder: Path) -> str:
+    """Returns what to do about a checkpoint that cannot be used."""
+    root = folder.parent
+    return (
+        f"write the name of an older step-* folder into {root / _LATEST}, or delete {root} to train "
+        "from the beginning"
+    )
 
 
 def load_checkpoint(
@@ -229,8 +265,7 @@ def load_checkpoint(
             if not path.exists() or file_sha256(path) != digest:
                 raise CheckpointError(
                     "a file of the checkpoint is missing or has bytes that were not written there",
-                    where=path, todo="point `latest` at an older step-* folder, or delete the "
-                    "checkpoints to begin anew",
+                    where=path, todo=_older(folder),
                 )  # fmt: skip
 
     def load() -> None:
@@ -244,8 +279,7 @@ def load_checkpoint(
             text = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(
                 f"the checkpoint cannot be loaded: {text}", where=folder,
-                todo="point `latest` at an older step-* folder, or delete the checkpoints to begin "
-                "anew",
+                todo=_older(folder),
             ) from error  # fmt: skip
 
     ranks.together(check)

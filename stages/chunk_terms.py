@@ -149,7 +149,8 @@ def _mixture(
     """Any divergence to the mixture, over the union and one bucket. Returns what the other does."""
     p_bucket = target.tail.sum(0)[:, None]
     q_bucket = rest.clamp_min(_TINY)
-    there = (rest > 0) | (p_bucket > 0)  # a bucket that holds no id has no part
+    # A bucket that holds no id has no part, also where each teacher leaves a tail to the others' ids.
+    there = target.kept.sum(-1, keepdim=True) < target.vocab_size
     d, h = divergence.terms(
         torch.cat([target.p, p_bucket], -1), torch.cat([q, q_bucket], -1),
         torch.cat([logq, q_bucket.log()], -1),

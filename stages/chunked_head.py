@@ -120,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         terms = torch.zeros(4, len(hidden), dtype=wide, device=hidden.device)
-        grads = _Gradients(hidden, head, wide) if wanted else None
+        grads = _Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
@@ -139,18 +139,16 @@ class _ChunkedLoss(torch.autograd.Function):
             if grads is not None:
                 grads.add(start, stop, logits)
         if grads is not None:
-            ctx.save_for_backward(*grads.tensors())
+            ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.mark_non_differentiable(terms)
         ce, kd = terms[:2].sum(-1, dtype=torch.float64)
         return (scales[0] * ce + scales[1] * kd).to(wide), terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        hidden, weight, bias = (*ctx.saved_tensors, None)[:3]
-        saved = (hidden, weight, bias)
         # Everything is linear in `grad`, which is 1 in a plain step: a pass over [P, D] saved.
         plain = grad.device.type == "cpu" and float(grad) == 1.0
-        scaled = [t if plain or t is None else t * grad.to(t.dtype) for t in saved]
+        scaled = [t if plain or t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors]
         return (*scaled, *[None] * 7)
 
 
@@ -168,28 +166,40 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
 
 class _Gradients:
-    """Accumulates the gradients of hidden states, head and bias over the chunks, in float32."""
+    """Accumulates the gradients of hidden states, head and bias over the chunks, in float32.
 
-    def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype) -> None:
+    Only those that are wanted: with adapters the head is frozen, and its gradient is the largest.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, wide: torch.dtype,
+        of_hidden: bool, of_weight: bool, of_bias: bool,
+    ) -> None:  # fmt: skip
         self._rows, self._head = hidden, head
-        self.hidden = torch.empty_like(hidden)
+        self._of_weight = of_weight
+        self.hidden = torch.empty_like(hidden) if of_hidden else None
         # The first chunk's product is taken as it comes: filling [P, D] with zeros and adding to it
         # costs as much as a small chunk's product.
-        self.weight: Tensor | None = None
-        self.bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=wide)
+        self._weight: Tensor | None = None
+        bias = head.bias if of_bias else None
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
 
     def add(self, start: int, stop: int, gradient_CP: Tensor) -> None:
         bf16 = self._head.bfloat16
-        self.hidden[start:stop] = product(gradient_CP, self._head.weight, bf16)
+        if self.hidden is not None:
+            self.hidden[start:stop] = product(gradient_CP, self._head.weight, bf16)
         rows = self._rows[start:stop]
-        if self.weight is None:
-            self.weight = product(gradient_CP.t(), rows, bf16)
-        else:
-            add_product(self.weight, gradient_CP.t(), rows, bf16)
+        if self._weight is not None:
+            add_product(self._weight, gradient_CP.t(), rows, bf16)
+        elif self._of_weight:
+            self._weight = product(gradient_CP.t(), rows, bf16)
         if self.bias is not None:
             self.bias += gradient_CP.sum(0)
 
-    def tensors(self) -> list[Tensor]:
+    @property
+    def weight(self) -> Tensor | None:
+        """The head's, in its dtype; None where it is not wanted."""
+        if not self._of_weight:
+            return None
         like = self._head.weight
-        weight = torch.zeros_like(like) if self.weight is None else self.weight.to(like.dtype)
-        return [self.hidden, weight] if self.bias is None else [self.hidden, weight, self.bias]
+        return torch.zeros_like(like) if self._weight is None else self._weight.to(like.dtype)

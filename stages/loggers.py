@@ -17,13 +17,17 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-def open_loggers(names: tuple[str, ...], folder: Path, settings: dict[str, Any]) -> list[Logger]:
+def open_loggers(
+    names: tuple[str, ...], folder: Path, settings: dict[str, Any], first: int = 0
+) -> list[Logger]:
     """Returns the loggers of one run.
 
     Args:
         names: some of LOGGERS.
         folder: the run's; its last name is the run's name there.
         settings: what identifies the run, shown beside it.
+        first: the next step that will be logged; what a killed run has logged from there on is to go,
+            where that can be.
 
     Raises:
         ConfigError: a logger's package is not installed.
@@ -31,7 +35,7 @@ def open_loggers(names: tuple[str, ...], folder: Path, settings: dict[str, Any])
     found = []
     for name in names:
         try:
-            found.append(LOGGERS[name](folder, settings))
+            found.append(LOGGERS[name](folder, settings, first))
         except ImportError as error:
             raise ConfigError(
                 f"the package of the logger {name!r} is not installed", where="train.loggers",
@@ -53,10 +57,10 @@ def numbers_of(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 class TensorBoard:
     """Event files in the run's folder, under tensorboard/."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -81,19 +85,19 @@ class Tracker:
         self._module.finish()
 
 
-def _wandb(folder: Path, settings: dict[str, Any]) -> Logger:
+def _wandb(folder: Path, settings: dict[str, Any], first: int) -> Logger:
     import wandb
 
     return Tracker(wandb, folder, settings)
 
 
-def _trackio(folder: Path, settings: dict[str, Any]) -> Logger:
+def _trackio(folder: Path, settings: dict[str, Any], first: int) -> Logger:
     import trackio
 
     return Tracker(trackio, folder, settings)
 
 
-LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": _wandb,
     "trackio": _trackio,

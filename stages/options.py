@@ -25,6 +25,8 @@ from storage.layout import POOLINGS
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=-(2**62), lt=2**62)]  # what torch takes, with room for the ranks
 Count = Annotated[int, Field(ge=1)]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Tail = Literal["draws", "bucket", "renormalised", "residual"]
@@ -42,7 +44,7 @@ class SourceOptions(Options):
 
     domain: str = Field(min_length=1, description="Name that reports group by.")
     split: Literal["train", "heldout"] = Field("train", description="What the source is for.")
-    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    heldout: Below1 = Field(
         0.0, description="Share of a train source's documents, chosen by their hash, to hold out."
     )
     format: Literal["text", "jsonl", "parquet", "disk", "hub"] = Field(
@@ -271,9 +273,7 @@ class LoraOptions(Options):
 
     rank: Count = Field(16, description="Rank of the adapters (needs the extra `lora`).")
     alpha: Positive = Field(32.0, description="They are scaled by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="Of the adapters' input."
-    )
+    dropout: Below1 = Field(0.0, description="Of the adapters' input.")
     targets: tuple[str, ...] = Field(
         (), description="Last names of the linear maps that get one, e.g. q_proj; all if none."
     )
@@ -443,7 +443,7 @@ class TrainOptions(Options):
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         0.01, description="Of matrices; vectors are not decayed."
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's.")
+    betas: tuple[Below1, Below1] = Field((0.9, 0.95), description="AdamW's.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: autocast, float32 weights."
@@ -453,7 +453,7 @@ class TrainOptions(Options):
         False,
         description="Compile the decoder layers by torch.compile. On a CPU this needs a C++ compiler.",
     )
-    seed: int = Field(0, description="Of the blocks' order and of everything random.")
+    seed: Seed = Field(0, description="Of the blocks' order and of everything random.")
     eval_every: Count = Field(200, description="Steps between evaluations on held-out blocks.")
     checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 
 from stages.options import LoraOptions, LossOptions, TrainOptions
 from stages.order import Ranges
+from stages.ranks import Ranks
+from storage import durable
 from storage.errors import CheckpointError
 from storage.fingerprint import describe_differences, fingerprint
 from storage.types import Int64
@@ -63,6 +67,29 @@ def finished(run: Run) -> bool:
         return False
     require_identity(run, json.loads(path.read_text())["identity"], run.model_folder)
     return True
+
+
+@contextlib.contextmanager
+def claimed(run: Run, ranks: Ranks) -> Iterator[None]:
+    """Keeps the run's folder for these ranks, for the length of the block.
+
+    Raises:
+        CheckpointError: another training is at work there.
+    """
+
+    def claim() -> None:
+        durable.make_folder(run.folder)
+        try:
+            held.enter_context(durable.claimed(run.folder / ".training"))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                "another training is at work in the folder", where=run.folder, found=error.strerror,
+                todo="wait for its end, or stop it, or name another run_dir",
+            ) from error  # fmt: skip
+
+    with contextlib.ExitStack() as held:
+        ranks.on_first(claim)
+        yield
 
 
 def require_identity(run: Run, found: dict[str, Any], where: Path) -> None:

@@ -1,8 +1,7 @@
 """Teacher backends: block of tokens → hidden states, and hidden states → logits.
 
 One protocol, so that other engines can serve; the transformers backend is the reference. When a
-teacher is loaded two facts are checked on 64 tokens instead of trusted: that our head gives the
-model's own logits, and that one document of a packed block cannot see another.
+teacher is loaded, `model_checks.py` looks whether its head and its attention are what we take them for.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.head import Head, run_decoder
+from stages.model_checks import check_model
 from stages.options import TeacherOptions
 from storage.errors import TeacherError, VocabularyMismatch
 
@@ -95,7 +95,7 @@ class TransformersTeacher:
         self.head_rows, self.hidden_size = head.weight.shape
         self.layers = int(config.num_hidden_layers)
         self.device = self._model.get_input_embeddings().weight.device
-        check_teacher(self, self._model, name)
+        check_model(self._model, head, f"teachers.{name}", f"teachers.{name}.attention")
 
     @torch.inference_mode()
     def forward(
@@ -181,50 +181,6 @@ def random_causal_lm(
             f"no model can be made of the configuration: {str(error).strip().splitlines()[0]}",
             where=f"{key}: {folder}", todo="give the config.json of a transformers causal LM",
         ) from error  # fmt: skip
-
-
-@torch.no_grad()
-def check_teacher(backend: TransformersTeacher, model: Any, name: str) -> None:
-    """Checks on two blocks of 32 tokens that head and isolation are what stage one takes them for.
-
-    Raises:
-        TeacherError: says which of the two is not.
-    """
-    key = f"teachers.{name}"
-    generator = torch.Generator().manual_seed(0)
-    # Two blocks: some implementations look at positions only in a batch of one.
-    tokens = torch.randint(0, min(backend.head_rows, 1000), (2, 32), generator=generator)
-    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1)
-    hidden = backend.forward(tokens, positions, ()).last
-    theirs = model(
-        input_ids=tokens.to(backend.device),
-        position_ids=positions.to(backend.device),
-        use_cache=False,
-    ).logits[0, :20]
-    ours = backend.logits(hidden[0, :20]).to(theirs.device)
-    # Same batch, so the same rounding of the hidden states; norms, since bfloat16 logits of other
-    # kernels may differ by a hundredth here and there while a wrong head is wrong everywhere.
-    tolerance = 0.03 if theirs.dtype == torch.bfloat16 else 1e-4
-    error = float((ours - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6))
-    if not error <= tolerance:
-        raise TeacherError(
-            f"the head of {type(model).__name__} is not one that this version reproduces", where=key,
-            expected=f"logits equal to the model's own within {tolerance:.1e}",
-            found=f"a difference of {error:.1e} of their norm",
-            todo="please report the model's name; another teacher of the family may work",
-        )  # fmt: skip
-    other = tokens.clone()
-    other[:, :20] = torch.randint(0, min(backend.head_rows, 1000), (2, 20), generator=generator)
-    change = (backend.forward(other, positions, ()).last - hidden)[:, 20:].float().norm()
-    moved = float(change / hidden[:, 20:].float().norm())
-    if not moved <= tolerance:
-        raise TeacherError(
-            f"{type(model).__name__} lets a packed document see the one before it",
-            where=f"{key}.attention",
-            expected="hidden states that do not move when another document of the block is changed",
-            found=f"a change of {moved:.1e} of their norm",
-            todo="set another attention implementation (sdpa or eager)",
-        )  # fmt: skip
 
 
 def require_fit(backend: TeacherBackend, name: str, vocab: int, layers: tuple[int, ...]) -> None:

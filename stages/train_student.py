@@ -296,7 +296,8 @@ class Trainer:
     def _open_loggers(self) -> list[Any]:
         if not self.ranks.first:
             return []
-        return open_loggers(self.run.train.loggers, self.run.folder, self.run.identity)
+        first = self.step + 1 if self.step else 0
+        return open_loggers(self.run.train.loggers, self.run.folder, self.run.identity, first)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.ranks.first:

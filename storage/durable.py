@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -62,6 +63,40 @@ def alone(path: Path) -> Iterator[None]:
         # Closing alone would leave the lock to a process forked in the meantime.
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Holds a lock file, made for the time, that no other process has; does not wait for it.
+
+    Unlike that of `alone` the lock (POSIX's) is this process's only: those that it forks do not keep it
+    when it is killed. The file says who holds it. A file system without locks is used without them.
+
+    Raises:
+        BlockingIOError: another process holds it; the text says which.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                holder = os.read(fd, 1000).decode(errors="replace")
+                os.close(fd)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise BlockingIOError(error.errno, holder) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                break
+        os.close(fd)  # its former holder removed it just now
+    try:
+        with disk_errors(path):
+            os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
         os.close(fd)
 
 
@@ -133,13 +168,14 @@ def replace_folder(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def require_free(folder: Path, needed: int, what: str) -> None:
+def require_free(folder: Path, needed: int, what: str, key: str = "store.k") -> None:
     """Refuses to begin what cannot be finished.
 
     Args:
         folder: where the bytes will go (need not exist yet).
         needed: bytes.
         what: what they are, for the message.
+        key: of the option by which there would be less of them.
 
     Raises:
         DiskFull: fewer than `needed` bytes are free.
@@ -154,5 +190,5 @@ def require_free(folder: Path, needed: int, what: str) -> None:
             where=folder,
             expected=f"at least {needed / 1e6:,.3f} MB free",
             found=f"{free / 1e6:,.3f} MB free",
-            todo="free some space, choose another folder, or store less (smaller store.k)",
+            todo=f"free some space, choose another folder, or store less (smaller {key})",
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Lab, make_model, make_tokenizer, sentences
 
+from storage import durable
 from storage.errors import CorpusError
 
 Cli = Callable[..., Any]
@@ -100,6 +105,73 @@ def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     refused(cli("train-student", config), path.name, "older step-* folder")
     (folder / "checkpoints/latest").write_text("step-00000004")
     assert cli("train-student", config).exit_code == 0
+
+
+def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
+    """The second is refused as long as the first lives; a kill leaves no lock behind."""
+    config = lab.write()
+    assert cli("cache-teachers", config).exit_code == 0
+    folder = lab.root / "run/students/fused"
+    folder.mkdir(parents=True)
+    began, begin = os.pipe()
+    child = os.fork()
+    if not child:
+        with durable.claimed(folder / ".training"):
+            os.write(begin, b"!")
+            time.sleep(600)
+    os.read(began, 1)
+    refused(cli("train-student", config), "another training", str(folder), f"process {child} on")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert cli("train-student", config).exit_code == 0
+    assert not (folder / ".training").exists()
+
+
+def test_a_student_that_another_process_has_finished_meanwhile(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lab.write()
+    for command in ("cache-teachers", "train-student"):
+        assert cli(command, config).exit_code == 0
+    done = lab.root / "run/students/fused/model/scholiast.json"
+    aside, before = done.rename(lab.root / "aside.json"), done.parent.stat().st_ino
+
+    @contextlib.contextmanager
+    def claimed(path: Path) -> Iterator[None]:
+        aside.rename(done)
+        yield
+
+    monkeypatch.setattr(durable, "claimed", claimed)
+    assert cli("train-student", config).exit_code == 0
+    assert done.parent.stat().st_ino == before, "exported once more"
+
+
+def test_numbers_that_the_optimizer_would_refuse(lab: Lab, cli: Cli) -> None:
+    refused(cli("plan", lab.write(train__betas=[1.0, 0.9])), "train.betas.0", code=2)
+    refused(cli("plan", lab.write(train__seed=2**64)), "train.seed", code=2)
+
+
+def test_a_rule_between_keys_is_told_without_a_dump(lab: Lab, cli: Cli) -> None:
+    wrong = {"train__schedule": "wsd", "train__warmup": 0.9, "train__decay": 0.9}
+    result = cli("plan", lab.write(**wrong))
+    refused(result, "not valid: train: `warmup` and `decay` together exceed the run\n", code=2)
+    assert "Value error" not in result.output and "'accumulate'" not in result.output
+
+
+def test_a_student_that_cannot_be_packed(lab: Lab, cli: Cli) -> None:
+    """Its recurrent layers would carry one document's state into the next, and nothing would tell."""
+    config = {
+        "model_type": "recurrent_gemma", "vocab_size": lab.vocab_size, "hidden_size": 32,
+        "lru_width": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3,
+        "logits_soft_cap": 1e6,  # another head of its own: that would be refused first
+    }  # fmt: skip
+    (lab.root / "student").mkdir()
+    (lab.root / "student/config.json").write_text(json.dumps(config))
+    path = lab.write(student={"config": f"{lab.root}/student"})
+    assert cli("cache-teachers", path).exit_code == 0
+    refused(cli("train-student", path), "lets a packed document see", "student.attention")
+    absent = lab.write(student={"config": f"{lab.root}/none"})
+    refused(cli("train-student", absent), f"student.config: {lab.root}/none")
 
 
 def test_empty_corpus(lab: Lab, cli: Cli) -> None:

@@ -332,3 +332,21 @@ def test_a_chunk_fits_its_budget() -> None:
     assert chunk_rows(151_936, 96 * 2**20) == 165
     assert chunk_rows(10**9, 1) == 1
     assert chunk_rows(49_152, 1, 7) == 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_bucket_without_ids_has_no_part(name: str, padding: int) -> None:
+    """Together the teachers keep all ids, and each alone leaves a tail to those of the others."""
+    hidden, head, gold = make(padding=padding)
+    whole = target_of(k=V - 1)
+    rows = [r for r in range(R) if len(whole.ids[:, r].unique()) == V]
+    assert rows and float(whole.tail[:, rows].min()) > 0
+    target = replace(
+        whole, ids=whole.ids[:, rows], logp=whole.logp[:, rows], p=whole.p[:, rows],
+        tail=whole.tail[:, rows], weights=whole.weights[:, rows],
+    )  # fmt: skip
+    loss = chunked_loss(hidden[rows], head, gold[rows], target, 0.0, 1.0, 4, named(name))
+    expected = plain(plain_logits(hidden[rows], head), target, named(name))
+    torch.testing.assert_close(loss.kd_R, expected, rtol=1e-10, atol=1e-10)
+    same(gradients(loss.total, hidden, head), gradients(expected.sum(), hidden, head))

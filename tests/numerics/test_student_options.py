@@ -14,16 +14,19 @@ import torch
 from conftest import Lab, build_parts
 from safetensors.torch import load_file
 
+import stages.chunked_head
 from stages.batches import BatchReader
-from stages.head import run_decoder
+from stages.chunked_head import chunked_loss
+from stages.head import Head, HeadRule, product, run_decoder
 from stages.loggers import open_loggers
 from stages.lora import linear_maps, merged
 from stages.losses import cross_entropy
 from stages.metrics import MetricsLog
+from stages.model_checks import check_model
 from stages.options import LoraOptions, StudentOptions
 from stages.parallel import compile_layers
 from stages.student import build_student
-from storage.errors import ConfigError
+from storage.errors import ConfigError, TeacherError
 
 CPU = torch.device("cpu")
 
@@ -188,6 +191,40 @@ def test_compiled_layers_keep_names_hooks_and_values(
         torch.testing.assert_close(value, grads_too[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("frozen", ["head", "hidden", "neither"])
+def test_only_the_gradients_that_are_wanted_are_computed(
+    monkeypatch: pytest.MonkeyPatch, frozen: str
+) -> None:
+    """With adapters the head is frozen: its gradient, the largest of all, would be thrown away."""
+    seen: list[tuple[int, ...]] = []
+
+    def spy(a: Any, b: Any, *rest: Any, **named: Any) -> Any:
+        found = product(a, b, *rest, **named)
+        seen.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(stages.chunked_head, "product", spy)
+    hidden = torch.randn(6, 3, requires_grad=frozen != "hidden")
+    weight = torch.randn(7, 3, requires_grad=frozen != "head")
+    gold, leaves = torch.arange(6), [x for x in (hidden, weight) if x.requires_grad]
+    loss = chunked_loss(hidden, Head(weight, None, HeadRule(), False), gold, None, 1.0, 0.0, 6)
+    found = torch.autograd.grad(loss.total, leaves)
+    assert ((7, 3) in seen) == (frozen != "head") and ((6, 3) in seen) == (frozen != "hidden")
+    plain = torch.autograd.grad(cross_entropy(hidden @ weight.t(), gold).sum(), leaves)
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_head_that_is_not_reproduced_is_refused(cached: Lab) -> None:
+    model = build_student(StudentOptions(model="a"), cached.root / "a", CPU).train()
+    weight = model.get_output_embeddings().weight
+    check_model(model, Head.of(model, False), "student.model", "student.attention")
+    assert model.training
+    for rule in (HeadRule(scale=0.5), HeadRule(softcap=3.0)):
+        with pytest.raises(TeacherError, match="not one that this version reproduces"):
+            check_model(model, Head(weight, None, rule, False), "student.model", "")
+
+
 class FakeTracker(types.ModuleType):
     """What wandb and trackio have in common."""
 
@@ -228,6 +265,28 @@ def test_a_logger_that_is_not_installed_is_named(
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"scholiast\[{name}\]"):
         open_lab(cached, f"no-{name}", train__loggers=[name]).train_students()
+
+
+def test_tensorboard_drops_what_a_killed_run_logged(
+    cached: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run writes those steps again."""
+    purged: list[int] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            purged.append(purge_step)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    options = {"train__loggers": ["tensorboard"], "train__checkpoint_every": 6}
+    run = open_lab(cached, "purged", **options).train_students()["fused"]
+    (run.model_folder / "scholiast.json").unlink()
+    open_lab(cached, "purged", **options).train_students()
+    assert purged == [0, 7]
 
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import stages.checkpoint
-from stages.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint
+from stages.checkpoint import Checkpoints, checkpoint_of, latest_checkpoint, load_checkpoint
 from stages.ranks import Ranks
 from stages.stream import shared_out
-from storage.errors import ConfigError, DiskFull
+from storage import durable
+from storage.errors import CheckpointError, ConfigError, DiskFull
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -99,3 +100,67 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(
 
 def full(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def saved(root: Path, *steps: int, keep: int = 9) -> None:
+    checkpoints = Checkpoints(root, ALONE, keep, background=False)
+    for step in steps:
+        checkpoints.save(step, {"student": {"w": torch.full((3,), float(step))}}, {"tokens": step})
+
+
+def steps_in(root: Path) -> list[int]:
+    return [int(path.name[5:]) for path in sorted(root.glob("step-*"))]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_lies_beyond_the_step_does_not_push_it_out(tmp_path: Path, keep: int) -> None:
+    """As after a kill between a checkpoint's name and `latest`, or when `latest` was set back."""
+    saved(tmp_path, 10, 20, 30)
+    (tmp_path / "latest").write_text("step-00000010")
+    saved(tmp_path, 15, keep=keep)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 15 and read(found[0]) == [15.0, 15.0, 15.0]
+    assert steps_in(tmp_path) == [10, 15][-keep:]
+
+
+def test_without_latest_the_newest_counts(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "step-of-mine").mkdir()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 20
+    assert checkpoint_of(tmp_path, 10)[1]["tokens"] == 10
+
+
+@pytest.mark.parametrize("text", [b"", b"step-00000099", b"\xff\xfe", b"../checkpoints"])
+def test_a_latest_that_names_nothing_is_refused(tmp_path: Path, text: bytes) -> None:
+    root = tmp_path / "checkpoints"
+    saved(root, 10, 20)
+    (root / "latest").write_bytes(text)
+    with pytest.raises(CheckpointError) as refused:
+        latest_checkpoint(root)
+    assert "step-00000010" in str(refused.value) and str(root / "latest") in str(refused.value)
+    assert f"delete {root} " in str(refused.value), "not the run's folder"
+
+
+@pytest.mark.parametrize(("old", "new"), [('"tokens": 7', '"tokens": 3'), ("{", ""), ("}", "}}")])
+def test_facts_that_were_changed_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    saved(tmp_path, 7)
+    path = tmp_path / "step-00000007/facts.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match="not those that were written"):
+        latest_checkpoint(tmp_path)
+
+
+def test_what_a_kill_has_left_makes_room_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (7, 8):
+        (tmp_path / f".step-{step:08d}.tmp").mkdir()
+    left: list[list[Path]] = []
+    monkeypatch.setattr(
+        durable, "require_free", lambda *_: left.append(list(tmp_path.glob(".step-*")))
+    )
+    saved(tmp_path, 8)
+    assert left == [[]] and steps_in(tmp_path) == [8]

@@ -70,7 +70,8 @@ def target_bytes(blocks: TokenBlocks, sizes: Int64, space: int) -> Int64:
         space: what the tokenizer puts before a text. A document's first token is no target, but the one
             after a BOS is.
     """
-    bytes_NT = sizes[blocks.gold]
-    first = (blocks.offset[:, 1:] == 0) & (bytes_NT > 0)
-    total: Int64 = ((bytes_NT - space * first) * blocks.scored).sum(1)
+    counted = sizes[blocks.tokens]
+    begins = (blocks.offset == 0) & (counted > 0)  # so may two tokens: the space, and what follows it
+    first = begins[:, 1:] & ~begins[:, :-1]
+    total: Int64 = ((counted[:, 1:] - space * first) * blocks.scored).sum(1)
     return total

@@ -28,6 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    torch.set_num_threads(1)  # so small a model is slowed by more
     return make_model(tmp_path_factory.mktemp("model"), len(tokenizer), 3)
 
 

@@ -258,7 +258,7 @@ def forward_speed(
 ) -> float | None:
     """Returns the tokens a second of a forward with all its logits, or None without blocks.
 
-    The first batch is run once unmeasured; then it and the next are timed.
+    One block is run unmeasured; then the first batch is timed.
 
     Args:
         bfloat16: whether the head's products take bfloat16 factors, and the rest of a model in float32.
@@ -266,16 +266,13 @@ def forward_speed(
     device, head = model.device, Head.of(model, bfloat16)
     if device.type == "cpu":  # widened once, not at every chunk
         head = replace(head, weight=head.weight.float())
-    ids = block_ids[: 2 * batch_blocks]
-    parts = [ids[i : i + batch_blocks] for i in range(0, len(ids), batch_blocks)]
-    batches = [reader.read(part).to(device) for part in parts]
-    for batch in batches[:1]:
-        _forward(model, head, batch)
+    if not len(block_ids):
+        return None
+    first, batch = (reader.read(block_ids[:n]).to(device) for n in (1, batch_blocks))
+    _forward(model, head, first)
     begun = time.perf_counter()
-    for batch in batches:
-        _forward(model, head, batch)
-    seconds = time.perf_counter() - begun
-    return sum(int(batch.present.sum()) for batch in batches) / seconds if batches else None
+    _forward(model, head, batch)
+    return int(batch.present.sum()) / (time.perf_counter() - begun)
 
 
 def _forward(model: Any, head: Head, batch: Batch) -> None:

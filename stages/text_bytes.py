@@ -71,7 +71,8 @@ def target_bytes(blocks: TokenBlocks, sizes: Int64, space: int) -> Int64:
             after a BOS is.
     """
     counted = sizes[blocks.tokens]
-    begins = (blocks.offset == 0) & (counted > 0)  # so may two tokens: the space, and what follows it
+    # Two tokens may begin a text: the added space, and what follows it.
+    begins = (blocks.offset == 0) & (counted > 0)
     first = begins[:, 1:] & ~begins[:, :-1]
     total: Int64 = ((counted[:, 1:] - space * first) * blocks.scored).sum(1)
     return total

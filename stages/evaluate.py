@@ -22,6 +22,7 @@ from stages.batches import Batch, BatchReader
 from stages.bootstrap import interval, resampled
 from stages.calibration import COLUMNS, bin_sums, calibration_error
 from stages.chunked_head import chunk_rows
+from stages.fusion import rows_of
 from stages.head import Head, run_decoder
 from stages.ranks import Ranks
 from stages.student import DistilledStudent, StepLoss
@@ -226,29 +227,24 @@ def cached_sums(reader: BatchReader, block_ids: Int64) -> dict[str, Sums]:
 def _cached_block(reader: BatchReader, one: Int64, batch: Batch) -> dict[str, Tensor]:
     """Returns one block's sums of every teacher and of the ensemble."""
     assert batch.target is not None, "teachers are evaluated from their caches"
-    target, union = batch.target, merge(batch.target, torch.float64)
-    mixed, fused_top = union.p.amax(-1), union.top_C
-    block_R, found, likelihood = torch.zeros_like(batch.gold), {}, torch.zeros_like(mixed)
+    union, weights = merge(batch.target, torch.float64), batch.target.weights.double()
+    notes = [rows_of(cache.read(one), batch.scored.numpy()) for cache in reader.caches.values()]
+    stats = [cache.stats(one) for cache in reader.caches.values()]
+    gold = torch.stack([torch.from_numpy(x.gold_logprob) for x in stats])[:, batch.scored].double()
+    fused = ((weights * gold.exp()).sum(0) + 1e-300).log()
+    block_R, found = torch.zeros_like(batch.gold), {}
 
-    def sums(terms: Sequence[Tensor], confidence: Tensor, correct: Tensor) -> Tensor:
-        rows = (torch.ones_like(mixed), *terms)
+    def sums(confidence: Tensor, top: Tensor, logprob: Tensor, *more: Tensor) -> Tensor:
+        correct = (top == batch.gold).double()
+        rows = (torch.ones_like(correct), -logprob, correct, *more)
         return _block_sums(rows, confidence, correct, block_R, 1)[0]
 
-    for m, (name, cache) in enumerate(reader.caches.items()):
-        stats = cache.stats(one)
-        gold, entropy = (
-            torch.from_numpy(x[batch.scored.numpy()]).double()
-            for x in (stats.gold_logprob, stats.entropy)
-        )
-        weight = target.weights[m].double()
-        likelihood += weight * gold.exp()
-        confidence, at = target.p[m].max(-1)
-        top = target.ids[m].gather(-1, at[:, None])[:, 0]
-        correct = (top == batch.gold).double()
-        agreed = (top == fused_top).double()
-        found[name] = sums((-gold, correct, agreed, entropy, weight), confidence, correct)
-    correct = (fused_top == batch.gold).double()
-    found[ENSEMBLE] = sums((-(likelihood + 1e-300).log(), correct), mixed, correct)
+    for m, name in enumerate(reader.caches):
+        best, at = notes[m].logprobs.max(-1)
+        top = notes[m].ids.gather(-1, at[:, None])[:, 0]
+        agreed = (top == union.top_C).double()
+        found[name] = sums(best.exp(), top, gold[m], agreed, notes[m].entropy, weights[m])
+    found[ENSEMBLE] = sums(union.p.amax(-1), union.top_C, fused)
     return found
 
 

@@ -76,7 +76,7 @@ def evaluate(
         _show(prompts, name, written)
         del model
         work.progress.advance(1)
-    written_by = {job.name: _teacher(work, job, reader, info, prompts, device) for job in teachers}
+    loaded = {job.name: _teacher(work, job, reader, info, prompts, device) for job in teachers}
     work.progress.finish()
     return {
         "device": str(device), "threads": torch.get_num_threads(),
@@ -87,7 +87,7 @@ def evaluate(
         "domains": list(info.domains),
         "teachers": {name: table for name, table in cached["teachers"].items() if table},
         "fused": cached["fused"],
-        "teacher_models": written_by,
+        "teacher_models": loaded,
         "students": {name: students[name] for name in (BEFORE, *runs, *models)},
         "samples": list(prompts.shown.values()),
         "cache": work.cache_costs(jobs),

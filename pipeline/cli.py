@@ -254,27 +254,50 @@ def export(
     click.echo(f"student after step {step}: {folder}")
 
 
+def _named_folders(
+    context: click.Context, option: click.Parameter, values: Sequence[str]
+) -> dict[str, Path]:
+    """Returns NAME=FOLDER options as a dict."""
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not (name and equals and folder):
+            raise click.BadParameter(f"{value!r} is not NAME=FOLDER", context, option)
+        if name in found:
+            raise click.BadParameter(f"the name {name!r} is given twice", context, option)
+        found[name] = Path(folder)
+    return found
+
+
 @main.command()
 @json_option
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME=FOLDER", callback=_named_folders,
+    help="Also measure an exported model with the corpus's tokenizer. Repeatable.",
+)  # fmt: skip
 @run_options
 def evaluate(
-    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool
-) -> None:
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
+    models: dict[str, Path],
+) -> None:  # fmt: skip
     """Measure teachers, their ensemble and the students on the held-out blocks.
 
     \b
-    Example: scholiast evaluate my.yaml --json > figures.json
+    Example: scholiast evaluate my.yaml --model other=models/other --json > figures.json
     """
+    from pipeline.figures import overall
     from pipeline.report import summary
 
     work, console = open_workspace(config, overrides, quiet)
-    result = work.evaluate()
+    result = work.evaluate(models)
     if as_json:
         click.echo(json_module.dumps(result, indent=1))
         return
     table = summary(result)
     console.table(table.headers, table.rows)
-    click.echo(table.verdict)
+    click.echo()
+    console.table(*overall(result))
+    click.echo(f"\n{table.verdict}")
 
 
 @main.command()

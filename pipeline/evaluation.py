@@ -1,49 +1,82 @@
-"""Held-out figures of teachers, ensemble and students, and samples of what the students write."""
+"""Held-out figures of teachers, ensemble and students, and samples of what the models write.
+
+Losses of the teachers come from the caches. To write text each teacher is loaded once, after the other
+models are gone: never two in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pipeline.report import read_metrics
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.blocks import CorpusInfo
+from storage.errors import ConfigError
+from storage.types import Int64
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.batches import BatchReader
+    from stages.generation import Prompt
     from stages.run import Run
+    from stages.text_scores import Continuation
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """What is asked of every model alike, besides the blocks.
+
+    Attributes:
+        tokenizer: the corpus's.
+        prompts: of all domains.
+        target_bytes: int64 [N], bytes of each held-out block's scored targets; None where the tokenizer
+            does not say.
+        shown: index of each prompt that the report shows → its sample, with what each model wrote.
+    """
+
+    tokenizer: Any
+    prompts: list[Prompt]
+    target_bytes: Int64 | None
+    shown: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate(
-    work: Workspace, info: CorpusInfo, jobs: list[TeacherJob], runs: dict[str, Run]
-) -> dict[str, Any]:
-    """Returns everything of evaluation.json that is measured (see report.py for its shape)."""
+    work: Workspace, info: CorpusInfo, jobs: list[TeacherJob], runs: dict[str, Run],
+    models: Mapping[str, Path],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns everything of evaluation.json that is measured (see pipeline/README.md for its shape).
+
+    Args:
+        models: further students, name → folder; their tokenizers are the corpus's.
+
+    Raises:
+        VocabularyMismatch, ConfigError: one of these does not fit the corpus.
+    """
     import torch
 
-    from stages.batches import BatchReader
     from stages.device import choose_device
-    from stages.evaluate import heldout_losses, teacher_perplexities
-    from stages.student import DistilledStudent
 
     device = choose_device(work.config.device)
-    reader: BatchReader = work.batch_reader()
-    heldout = info.block_ids("heldout")
-    tables = teacher_perplexities(reader, heldout)
+    reader = work.batch_reader()
     prompts = sample_prompts(work, reader, info)
+    teachers = [job for job in jobs if job.name in reader.caches]
+    work.progress.start("evaluate", len(runs) + 1 + len(models) + len(teachers), "model")
+    cached = cached_figures(work, reader, info, prompts)
     students: dict[str, Any] = {}
-    work.progress.start("evaluate", len(runs) + 1, "model")
-    for name, model in _models(work, runs, device):
-        bf16 = work.config.train.precision == "bf16"
-        module = DistilledStudent(model, work.config.loss, bf16)
-        students[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "domains": heldout_losses(module, reader, heldout, work.config.evaluate.batch_blocks),
-        }
-        for prompt in prompts:
-            prompt["continuations"][name] = continue_text(work, model, prompt["tokens"])
+    for name, model in _students(work, runs, models, device, jobs):
+        students[name], written = _figures(work, model, reader, info, prompts)
+        _show(prompts, name, written)
+        del model
         work.progress.advance(1)
+    loaded = {job.name: _teacher(work, job, reader, info, prompts, device) for job in teachers}
     work.progress.finish()
     return {
         "device": str(device), "threads": torch.get_num_threads(),
@@ -52,90 +85,256 @@ def evaluate(
             "vocab_size": info.vocab_size, "sources": [vars(source) for source in info.sources],
         },
         "domains": list(info.domains),
-        "teachers": {n: t for n, t in tables.items() if n != "fused" and t},
-        "fused": tables["fused"],
-        "students": students,
-        "samples": [{k: v for k, v in p.items() if k != "tokens"} for p in prompts],
+        "teachers": {name: table for name, table in cached["teachers"].items() if table},
+        "fused": cached["fused"],
+        "teacher_models": loaded,
+        "students": {name: students[name] for name in (BEFORE, *runs, *models)},
+        "samples": list(prompts.shown.values()),
         "cache": work.cache_costs(jobs),
         "training": {name: training_cost(run, str(device)) for name, run in runs.items()},
     }  # fmt: skip
 
 
-def _models(
-    work: Workspace, runs: dict[str, Run], device: torch.device
-) -> Iterator[tuple[str, Any]]:
-    """Yields the student before training and each trained one; never two in memory."""
+def student_figures(
+    work: Workspace, model: Any, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText
+) -> dict[str, Any]:
+    """Returns the held-out figures of one student.
+
+    Args:
+        model: a causal LM with the corpus's tokenizer.
+        reader: with caches, of which `work.config.loss` decides what the distillation loss is.
+        prompts: what `sample_prompts` gave.
+
+    Returns:
+        parameters; domains: domain or "overall" → rows, ce, kd, perplexity, bits_per_byte, accuracy,
+        agreement, ece, intervals; generation: domain or "overall" → greedy and sampled, each bleu, chrf,
+        rouge_l, distinct_1, distinct_2, intervals; tokens_per_s, of a forward.
+    """
+    return _figures(work, model, reader, info, prompts)[0]
+
+
+def _figures(
+    work: Workspace, model: Any, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText
+) -> tuple[dict[str, Any], list[Continuation]]:
+    """Returns what `student_figures` does, and the greedy continuations."""
+    from stages.evaluate import forward_speed, heldout_sums, table
+    from stages.student import DistilledStudent
+
+    options, heldout = work.config.evaluate, info.block_ids("heldout")
+    bf16 = work.config.train.precision == "bf16"
+    module = DistilledStudent(model, work.config.loss, bf16)
+    sums = heldout_sums(module, reader, heldout, options.batch_blocks)
+    sums = sums.with_bytes(prompts.target_bytes)
+    generation, greedy = _generation(work, model, prompts)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "domains": table(sums, info, heldout, options.resamples, options.seed),
+        "generation": generation,
+        "tokens_per_s": forward_speed(model, reader, heldout, options.batch_blocks, bf16),
+    }, greedy  # fmt: skip
+
+
+def cached_figures(
+    work: Workspace, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText
+) -> dict[str, Any]:
+    """Returns the held-out figures of teachers and ensemble, without loading a model.
+
+    Returns:
+        teachers: name → domain or "overall" → rows, ce, perplexity, bits_per_byte, accuracy, agreement,
+        ece, entropy, weight, intervals; fused: the same without agreement, entropy and weight.
+    """
+    from stages.batches import BatchReader
+    from stages.evaluate import ENSEMBLE, cached_sums, table
+
+    options, heldout = work.config.evaluate, info.block_ids("heldout")
+    plain = BatchReader(reader.corpus, reader.caches, 1.0, work.config.fusion, tail="bucket")
+    tables = {
+        name: table(
+            sums.with_bytes(prompts.target_bytes), info, heldout, options.resamples, options.seed
+        )
+        for name, sums in cached_sums(plain, heldout).items()
+    }
+    return {"fused": tables.pop(ENSEMBLE), "teachers": tables}
+
+
+def _generation(
+    work: Workspace, model: Any, prompts: HeldoutText
+) -> tuple[dict[str, Any], list[Continuation]]:
+    """Returns scores by domain of greedy and sampled continuations, and the greedy ones."""
+    from stages.text_scores import text_scores
+
+    options = work.config.evaluate
+    written = {
+        "greedy": continuations(work, model, prompts, 0.0),
+        "sampled": continuations(work, model, prompts, options.sample_temperature),
+    }
+    scores = {n: text_scores(w, options.resamples, options.seed) for n, w in written.items()}
+    by_domain = {
+        domain: {kind: scores[kind][domain] for kind in written} for domain in scores["greedy"]
+    }
+    return by_domain, written["greedy"]
+
+
+def continuations(
+    work: Workspace, model: Any, prompts: HeldoutText, temperature: float
+) -> list[Continuation]:
+    """Returns what the model writes after every prompt; temperature 0 is greedy."""
+    from stages.generation import continue_prompts
+    from stages.text_scores import Continuation
+
+    options, tokenizer = work.config.evaluate, prompts.tokenizer
+    ids = continue_prompts(
+        model, tokenizer, [prompt.tokens for prompt in prompts.prompts], options.new_tokens,
+        temperature, options.seed,
+    )  # fmt: skip
+    return [
+        Continuation(
+            prompt.domain, new, tokenizer.decode(new, skip_special_tokens=True),
+            tokenizer.decode(prompt.following, skip_special_tokens=True),
+        )
+        for prompt, new in zip(prompts.prompts, ids, strict=True)
+    ]  # fmt: skip
+
+
+def _teacher(
+    work: Workspace, job: TeacherJob, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns what a teacher must be loaded for, and its size."""
     import torch
 
-    from stages.student import build_student
+    from stages.evaluate import forward_speed
+    from stages.model_files import parameters
+    from stages.teacher import load_causal_lm
+
+    options, key = work.config.teachers[job.name], f"teachers.{job.name}.model"
+    model = load_causal_lm(
+        job.folder, key, dtype=getattr(torch, options.dtype), attention=options.attention,
+        device=device, device_map=options.device_map, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    generation, written = _generation(work, model, prompts)
+    _show(prompts, job.name, written)
+    bf16, heldout = options.dtype == "bfloat16", info.block_ids("heldout")
+    speed = forward_speed(model, reader, heldout, options.batch_blocks, bf16)
+    del model
+    _free()
+    work.progress.advance(1)
+    return {
+        "parameters": parameters(job.folder, key), "generation": generation, "tokens_per_s": speed,
+    }  # fmt: skip
+
+
+def _show(prompts: HeldoutText, name: str, written: Sequence[Continuation]) -> None:
+    for index, sample in prompts.shown.items():
+        sample["continuations"][name] = written[index].text
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _students(
+    work: Workspace, runs: Mapping[str, Run], models: Mapping[str, Path], device: torch.device,
+    jobs: Sequence[TeacherJob],
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Yields the further students, the one before training and each trained one; never two in memory.
+
+    The further ones come first, so that one that does not fit is refused at once.
+    """
+    import torch
+
+    from stages.student import build_student, require_student_fit
     from stages.teacher import load_causal_lm
 
     options = work.config.student
-    bare = options.model_copy(update={"lora": None})  # new adapters change nothing
-    yield BEFORE, build_student(bare, work.student_folder(), device, work.config.train.seed)
-    for name, run in runs.items():
-        yield (
-            name,
-            load_causal_lm(
-                run.model_folder, f"student {name}", dtype=torch.float32,
-                attention=options.attention, device=device,
-                trust_remote_code=options.trust_remote_code,
-            ),
-        )  # fmt: skip
-
-
-def sample_prompts(work: Workspace, reader: Any, info: CorpusInfo) -> list[dict[str, Any]]:
-    """Returns the first tokens of held-out blocks of each domain, and the text that follows them."""
-    from stages.tokenizer import load_tokenizer
-
-    options = work.config.evaluate
-    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
-    prompts = []
-    for domain in info.domains:
-        for block in info.block_ids("heldout", domain)[: options.samples]:
-            blocks = reader.corpus.read([int(block)])
-            mine = blocks.inputs[0][blocks.document[0, :-1] == blocks.document[0, 0]].tolist()
-            prompt, rest = mine[: options.prompt_tokens], mine[options.prompt_tokens :]
-            prompts.append(
-                {
-                    "domain": domain, "tokens": prompt, "prompt": tokenizer.decode(prompt),
-                    "reference": tokenizer.decode(rest[: options.new_tokens]), "continuations": {},
-                }
+    folders = {**models, **{name: run.model_folder for name, run in runs.items()}}
+    for name in (*models, BEFORE, *runs):
+        _free()
+        if name == BEFORE:
+            bare = options.model_copy(update={"lora": None})  # new adapters change nothing
+            model = build_student(bare, work.student_folder(), device, work.config.train.seed)
+        else:
+            model = load_causal_lm(
+                folders[name], f"student {name}", dtype=torch.float32, device=device,
+                attention=options.attention, trust_remote_code=options.trust_remote_code,
             )  # fmt: skip
-    return prompts
+            require_student_fit(model, jobs[0].layout, f"student {name}")
+        yield name, model
+        del model
 
 
-def continue_text(work: Workspace, model: Any, tokens: list[int]) -> str:
-    """Returns the model's greedy continuation of a prompt, as text without special tokens."""
-    from stages.tokenizer import load_tokenizer
+def require_models(work: Workspace, models: Mapping[str, Path], taken: Sequence[str]) -> None:
+    """Refuses further students that cannot be told apart or have another tokenizer.
 
-    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
-    return generate(model, tokenizer, tokens, work.config.evaluate.new_tokens, 0.0, 0)
+    Raises:
+        ConfigError: a name that is taken, or no such folder.
+        VocabularyMismatch: another tokenizer than the corpus's.
+        TeacherError: no tokenizer beside the model.
+    """
+    from stages.tokenizer import load_tokenizer, require_same_tokenizer
+
+    ours = work.tokenizer() if models else None
+    for name, folder in models.items():
+        where = f"--model {name}={folder}"
+        if name in (BEFORE, *taken):
+            raise ConfigError(
+                "the run has a model of this name",
+                where=where,
+                found=name,
+                todo="name it otherwise",
+            )
+        if not folder.is_dir():
+            raise ConfigError(
+                "there is no such model folder", where=where, found=folder,
+                todo="give the folder of an exported model",
+            )  # fmt: skip
+        require_same_tokenizer(ours, load_tokenizer(folder, where), "the corpus", where)
+
+
+def sample_prompts(work: Workspace, reader: BatchReader, info: CorpusInfo) -> HeldoutText:
+    """Returns the prompts of each domain, and the bytes of the held-out blocks' targets."""
+    from stages.generation import choose_prompts
+    from stages.text_bytes import added_space, id_bytes, target_bytes
+
+    options, tokenizer = work.config.evaluate, work.tokenizer()
+    corpus, end = reader.corpus, tokenizer.eos_token_id
+    count, sizes = max(options.prompts, options.samples), id_bytes(tokenizer)
+    prompts: list[Prompt] = []
+    shown: dict[int, dict[str, Any]] = {}
+    for domain in info.domains if count else ():
+        found = choose_prompts(
+            corpus, domain, count, options.prompt_tokens, options.new_tokens, end
+        )
+        for i, prompt in enumerate(found[: options.samples], start=len(prompts)):
+            shown[i] = {
+                "domain": domain, "prompt": tokenizer.decode(prompt.tokens),
+                "reference": tokenizer.decode(prompt.following), "continuations": {},
+            }  # fmt: skip
+        prompts += found
+    if sizes is None:
+        return HeldoutText(tokenizer, prompts, None, shown)
+    space, heldout = added_space(tokenizer, sizes), info.block_ids("heldout").tolist()
+    counted = [int(target_bytes(corpus.read([block]), sizes, space)[0]) for block in heldout]
+    return HeldoutText(tokenizer, prompts, np.array(counted, np.int64), shown)
 
 
 def generate(
     model: Any, tokenizer: Any, tokens: list[int], new_tokens: int, temperature: float, seed: int
 ) -> str:
-    """Returns what a causal LM writes after a prompt.
+    """Returns what a causal LM writes after a prompt, as text without special tokens.
 
     Args:
         temperature: 0 is greedy.
         seed: of the sampling.
     """
-    import torch
+    from stages.generation import continue_prompts
 
-    torch.manual_seed(seed)
-    ids = torch.tensor([tokens], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    model.eval()
-    with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            **(sampling if temperature else greedy),
-        )  # fmt: skip
-    text: str = tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True)
+    [ids] = continue_prompts(model, tokenizer, [tokens], new_tokens, temperature, seed)
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -111,12 +112,10 @@ class Workspace:
         if any(job.pending for job in jobs):
             self._setup_torch()
             from stages.cache_teachers import cache_teachers
-            from stages.tokenizer import load_tokenizer
 
-            tokenizer = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
             cache_teachers(
-                jobs, self.config.store, self.config.corpus_folder, tokenizer, self.config.device,
-                self.progress,
+                jobs, self.config.store, self.config.corpus_folder, self.tokenizer(),
+                self.config.device, self.progress,
             )  # fmt: skip
             jobs = self.jobs(info)
         return jobs
@@ -250,7 +249,7 @@ class Workspace:
         """Returns what is exported beside the student: its own, which must be the corpus's."""
         from stages.tokenizer import load_tokenizer, require_same_tokenizer
 
-        ours = load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
+        ours = self.tokenizer()
         if self.config.student.model is None:
             return ours
         theirs = load_tokenizer(self.student_folder(), "student.model")
@@ -336,16 +335,20 @@ class Workspace:
 
     # -- evaluation
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, models: Mapping[str, Path] | None = None) -> dict[str, Any]:
         """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json.
+
+        Args:
+            models: further students, name → folder of an exported model.
 
         Raises:
             IncompleteCache: a student is not trained.
+            ConfigError, VocabularyMismatch, TeacherError: a further student cannot be measured.
         """
         self.ensure_assets()
         info, jobs = self.finished_jobs()
         self._setup_torch()
-        from pipeline.evaluation import evaluate
+        from pipeline.evaluation import evaluate, require_models
         from stages.run import finished
 
         runs = self.runs(info, jobs)
@@ -355,7 +358,9 @@ class Workspace:
                     f"the student {name!r} has not been trained", where=run.model_folder,
                     todo="run `scholiast train-student` with this configuration first",
                 )  # fmt: skip
-        result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs)}
+        models = models or {}
+        require_models(self, models, [*runs, *self.config.teachers])
+        result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs, models)}
         path = self.config.run / "evaluation.json"
         durable.write_bytes(path, json.dumps(result, indent=1).encode())
         return result
@@ -439,6 +444,12 @@ class Workspace:
         return info, self.jobs(info)
 
     # -- small things
+
+    def tokenizer(self) -> Any:
+        """Returns the corpus's tokenizer."""
+        from stages.tokenizer import load_tokenizer
+
+        return load_tokenizer(self._tokenizer_folder(), "corpus.tokenizer")
 
     def _tokenizer_folder(self) -> Path:
         corpus = self.config.corpus

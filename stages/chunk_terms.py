@@ -41,15 +41,19 @@ def chunk_terms(
     kd_scale: float,
     wanted: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Returns (d total/d logits [C, P] if wanted, (ce, kd, correct, agreed) [4, C])."""
+    """Returns (d total/d logits [C, P] if wanted, (ce, kd, correct, agreed, confidence) [5, C]);
+    the last is 0 where the gradient is wanted: only evaluation looks at it."""
     soft = _Softmax.of(logits_CP, 1.0)
     largest, gold_logit = soft.largest, logits_CP.gather(-1, gold_C[:, None])
     z = soft.e.sum(-1, keepdim=True)
-    terms = logits_CP.new_zeros(4, len(logits_CP))
+    terms = logits_CP.new_zeros(5, len(logits_CP))
     terms[0] = -soft.log_q(gold_C[:, None], z)[:, 0]
     terms[2] = (gold_logit == largest)[:, 0]
     if target is not None:
         terms[3] = (logits_CP.gather(-1, target.top_C[:, None]) == largest)[:, 0]
+    if not wanted:
+        known = logits_CP[:, : target.vocab_size if target else None]
+        terms[4] = torch.softmax(known, -1).amax(-1)
     width = target.vocab_size if target and not divergence.per_teacher else logits_CP.shape[1]
     if target is not None and target.temperature == 1.0 and width == logits_CP.shape[1]:
         terms[1] = _distil(soft, target, divergence, ce_scale, kd_scale, wanted)

@@ -35,6 +35,8 @@ class ChunkedLoss:
         kd_R: divergence of each row at the target's temperature, nats (0 without a target).
         correct_R: 1 where the student's most probable id is the gold one, else 0.
         agreed_R: 1 where it is the fused target's most probable one, else 0.
+        confidence_R: the largest probability among the V ids, padding left out (all P logits without
+            a target); 0 where gradients are wanted.
     """
 
     total: Tensor
@@ -42,6 +44,7 @@ class ChunkedLoss:
     kd_R: Tensor
     correct_R: Tensor
     agreed_R: Tensor
+    confidence_R: Tensor
 
     @property
     def ce(self) -> Tensor:
@@ -119,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        terms = torch.zeros(4, len(hidden), dtype=wide, device=hidden.device)
+        terms = torch.zeros(5, len(hidden), dtype=wide, device=hidden.device)
         grads = _Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):

@@ -498,5 +498,15 @@ class EvaluateOptions(Options):
 
     batch_blocks: Count = Field(4, description="Blocks of one forward.")
     samples: Annotated[int, Field(ge=0)] = Field(1, description="Continuations shown, per domain.")
-    prompt_tokens: Count = Field(48, description="Held-out tokens a sample continues.")
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        8, description="Continuations scored, per domain; those shown are among them."
+    )
+    prompt_tokens: Count = Field(48, description="Held-out tokens that are continued.")
     new_tokens: Count = Field(64, description="Tokens of a continuation.")
+    sample_temperature: Positive = Field(
+        1.0, description="Of the sampled continuations; the others are greedy."
+    )
+    resamples: Annotated[int, Field(ge=0)] = Field(
+        1000, description="Bootstrap resamples behind each 95 % interval; 0: no intervals."
+    )
+    seed: int = Field(0, ge=0, description="Of sampled continuations and resamples.")

@@ -56,8 +56,11 @@ def build_student(
     return model.to(device)
 
 
-def require_student_fit(model: Any, layout: Layout) -> None:
+def require_student_fit(model: Any, layout: Layout, where: str = "student.model") -> None:
     """Refuses a student without a logit for every id, or with too short a context.
+
+    Args:
+        where: what names the model, for messages.
 
     Raises:
         VocabularyMismatch, ConfigError
@@ -65,7 +68,7 @@ def require_student_fit(model: Any, layout: Layout) -> None:
     rows = int(model.get_output_embeddings().weight.shape[0])
     if rows < layout.vocab_size:
         raise VocabularyMismatch(
-            "the student has fewer logits than the tokenizer has ids", where="student.model",
+            "the student has fewer logits than the tokenizer has ids", where=where,
             expected=f"at least {layout.vocab_size}", found=rows,
             todo="use the tokenizer this model was trained with, or resize its embeddings",
         )  # fmt: skip
@@ -116,6 +119,7 @@ class StepLoss:
         correct: rows whose most probable id is the gold one.
         agreed: rows whose most probable id is the fused target's.
         ce_R, kd_R: of each row, nats, in the order of the batch's rows (Batch.row_domain).
+        correct_R, agreed_R, confidence_R: of each row, as in ChunkedLoss.
     """
 
     total: Tensor
@@ -126,6 +130,9 @@ class StepLoss:
     agreed: Tensor
     ce_R: Tensor
     kd_R: Tensor
+    correct_R: Tensor
+    agreed_R: Tensor
+    confidence_R: Tensor
 
 
 class DistilledStudent(nn.Module):
@@ -195,7 +202,7 @@ class DistilledStudent(nn.Module):
         total = loss.total + options.features.weight / max(segments, 1) * features
         return StepLoss(
             total, loss.ce, loss.kd, features.detach(), loss.correct, loss.agreed, loss.ce_R,
-            loss.kd_R,
+            loss.kd_R, loss.correct_R, loss.agreed_R, loss.confidence_R,
         )  # fmt: skip
 
     def _features(self, batch: Batch, found: Mapping[int, Tensor]) -> Tensor:

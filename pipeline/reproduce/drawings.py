@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.reproduce.results import KD, PERPLEXITY, Results
 from pipeline.reproduce.rows import APPROACHES, CE, ENCODINGS, MULTITASK, ONLINE, SENSITIVITY
 
 CE_LOSS, BYTES = "ce/overall", "bytes_per_token"
+LABELS: Final = {
+    PERPLEXITY: "held-out perplexity", KD: "KL to the fused teachers, nats a token",
+    CE_LOSS: "held-out cross-entropy, nats a token",
+}  # fmt: skip
 
 
-def draw(results: Results, folder: Path, groups: dict[tuple[str, str], str]) -> dict[str, str]:
+def draw(results: Results, folder: Path, groups: Mapping[tuple[str, str], str]) -> dict[str, str]:
     """Draws what there is; returns table → file name.
 
     Args:
@@ -22,7 +27,8 @@ def draw(results: Results, folder: Path, groups: dict[tuple[str, str], str]) -> 
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "scholiast", "svg.fonttype": "none"})
-    makers = {APPROACHES: _dots, SENSITIVITY: _dots, MULTITASK: _dots, ENCODINGS: _frontier}
+    makers = {APPROACHES: _overview, SENSITIVITY: _overview, MULTITASK: _overview}
+    makers[ENCODINGS] = _frontier
     drawn = {}
     for table, make in makers.items():
         figure = make(results, table, groups) if table in results.rows else None
@@ -34,23 +40,28 @@ def draw(results: Results, folder: Path, groups: dict[tuple[str, str], str]) -> 
     return drawn
 
 
-def _dots(results: Results, table: str, groups: dict[tuple[str, str], str]) -> Any:
-    """Every seed's perplexity and distillation loss by row, and the means."""
+def _overview(results: Results, table: str, groups: Mapping[tuple[str, str], str]) -> Any:
+    """Perplexity and distillation loss; None if no row has them."""
+    metrics = [m for m in (PERPLEXITY, KD) if m in results.metrics[table]]
+    return dots(results, table, metrics, groups) if metrics else None
+
+
+def dots(
+    results: Results, table: str, metrics: Sequence[str], groups: Mapping[tuple[str, str], str]
+) -> Any:
+    """Returns a figure of every seed's value by row and the means, a panel a metric.
+
+    Args:
+        groups: (table, row) → what a row's colour stands for.
+    """
     import matplotlib.pyplot as plt
 
-    metrics = [m for m in (PERPLEXITY, KD) if m in results.metrics[table]]
-    rows = [
-        row for row in results.rows[table]
-        if any(len(results.seeds(table, row, m)) for m in metrics[-1:])
-    ]  # fmt: skip
-    if not rows:
-        return None
-    height = 0.9 + 0.26 * len(rows)
+    rows = [r for r in results.rows[table] if any(results.seeds(table, r, m) for m in metrics[-1:])]
     figure, panels = plt.subplots(
-        1, len(metrics), figsize=(9, height), sharey=True, layout="constrained", squeeze=False
-    )
+        1, len(metrics), figsize=(9, 0.9 + 0.26 * len(rows)), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
     colours = _colours([groups.get((table, row), "") for row in rows])
-    labels = {PERPLEXITY: "held-out perplexity", KD: "KL to the fused teachers, nats a token"}
     for axes, metric in zip(panels[0], metrics, strict=True):
         for y, row in enumerate(reversed(rows)):
             found = list(results.seeds(table, row, metric).values())
@@ -58,13 +69,13 @@ def _dots(results: Results, table: str, groups: dict[tuple[str, str], str]) -> A
             axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.5, markersize=4)
             if found:
                 axes.plot([sum(found) / len(found)], [y], "|", color="black", markersize=14)
-        axes.set_xlabel(f"{labels[metric]} (points: seeds; bars: means)", fontsize=8)
+        axes.set_xlabel(f"{LABELS[metric]} (points: seeds; bars: means)", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
     return figure
 
 
-def _frontier(results: Results, table: str, groups: dict[tuple[str, str], str]) -> Any:
+def _frontier(results: Results, table: str, groups: Mapping[tuple[str, str], str]) -> Any:
     """Held-out loss over bytes a token, a line an encoding; the bounds as levels."""
     import matplotlib.pyplot as plt
 
@@ -94,7 +105,7 @@ def _frontier(results: Results, table: str, groups: dict[tuple[str, str], str]) 
         if level is not None:
             axes.axhline(level.mean, color="black", linestyle=style, linewidth=1, label=row)
     axes.set_xlabel("bytes a token and teacher, everything counted")
-    axes.set_ylabel("held-out cross-entropy, nats a token")
+    axes.set_ylabel(LABELS[CE_LOSS])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

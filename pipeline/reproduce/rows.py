@@ -122,8 +122,8 @@ def sensitivity(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
         Row(t, f"{len(teachers)} teachers", group="teachers"),
         Row(t, "with a weak one", weak=True, group="teachers"),
         Row(t, "with a weak one, uniform", ("fusion.weights=uniform",), weak=True, group="teachers"),
-        *(Row(t, f"α {x}", (f"loss.alpha={x}",), group="α") for x in (0.0, 0.5, 0.9, 1.0)),
-        *(Row(t, f"τ {x}", (f"fusion.tau={x}",), group="τ") for x in (0.25, 1.0, 4.0)),
+        *(Row(t, f"alpha {x}", (f"loss.alpha={x}",), group="alpha") for x in (0.0, 0.5, 0.9, 1.0)),
+        *(Row(t, f"tau {x}", (f"fusion.tau={x}",), group="tau") for x in (0.25, 1.0, 4.0)),
         *(
             Row(t, f"features {x}", _features(raw, x), group="features")
             for x in (0.0, 0.1, 1.0)

@@ -178,18 +178,18 @@ def _store(preset: str, k: int, draws: int, teachers: Sequence[str]) -> tuple[st
 
 
 def _features(raw: Mapping[str, Any], weight: float, wrong: bool = False) -> tuple[str, ...]:
-    """Returns alignment of the configured layers, or of the student's first with the teachers' ones.
+    """Returns alignment of the configured layers, or of the student's first with the teachers' last.
 
     Raises:
-        ConfigError: the configuration pairs no layers by hand.
+        ConfigError: a teacher's features are not stored.
     """
-    pairs = raw.get("loss", {}).get("features", {}).get("pairs")
-    if not isinstance(pairs, list) or not pairs:
+    layers = {name: teacher.get("feature_layers") for name, teacher in raw["teachers"].items()}
+    if not all(layers.values()):
         raise ConfigError(
-            "the evidence compares pairs of layers", where="loss.features.pairs", found=pairs,
-            todo="give a pair such as {student: 5, teacher: 29}",
+            "the evidence aligns features of every teacher", where="teachers.NAME.feature_layers",
+            found=layers, todo="name a layer of each",
         )  # fmt: skip
     if not wrong:
         return (f"loss.features.weight={weight}",)
-    pairs = [{**pair, "student": 1} for pair in pairs]
+    pairs = [{"student": 1, "teacher": {name: max(found) for name, found in layers.items()}}]
     return (f"loss.features.weight={weight}", f"loss.features.pairs={json.dumps(pairs)}")

@@ -115,7 +115,7 @@ def sensitivity(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
     return [
         *(
             Row(t, f"temperature {x}", (f"loss.temperature={x}",), group="temperature")
-            for x in (1.0, 1.5, 2.0)
+            for x in (1.0, *raw.get("store", {}).get("temperatures", [1.5, 2.0]))
         ),
         Row(t, "1 teacher", (f"fusion.weights=single:{first}",), group="teachers"),
         *few,

@@ -16,6 +16,7 @@ from pipeline.reproduce.results import Results, Spread, answers
 from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
 from pipeline.reproduce.runs import FIGURES, claimed, perform, share, tasks_of
 from stages.progress import Silent
+from stages.tokenizer import load_tokenizer
 
 FEW = (CE, ENTROPY, FULL, ONLINE, ENSEMBLE)
 
@@ -147,23 +148,36 @@ def test_other_teachers_and_other_caches(lab: Lab) -> None:
 
 
 def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instructions, "TRAIN", 3)
-    monkeypatch.setattr(instructions, "HELDOUT", 2)
-    monkeypatch.setattr(instructions, "PACKAGES", ("json", "http"))
-    monkeypatch.setattr(instructions, "LONGEST_SOURCE", 200)
+    functions = [(f"def f{i}(): return {i}", f"Return {i}.") for i in (1, 2, 3, 4, 5, 6, 6)]
+    monkeypatch.setattr(instructions, "_functions", lambda: iter(functions))
+    monkeypatch.setattr(instructions, "REQUEST", "Say what this does: ")
+    monkeypatch.setattr(instructions, "HELDOUT", 4)
+    lab.config["corpus"]["block_length"] = 250
     harness = harness_of(lab)
     (row,) = named(harness, ENTROPY, table="multi-task")
     (task,) = tasks_of(harness, [row], 1)
     assert perform(harness, task, keep=False)
     metrics = json.loads((task.folder / FIGURES).read_text())["metrics"]
     assert {"kd/x", "kd/docstrings"} <= set(metrics)
-    assert metrics["rows/docstrings"] < metrics["rows/x"], "only the answers are targets"
     chats = {
         part: (harness.folder / f"mix/text/{part}.jsonl").read_text().splitlines()
         for part in ("train", "heldout")
     }
-    assert [len(lines) for lines in chats.values()] == [3, 2]
+    assert [len(set(lines)) for lines in chats.values()] == [2, 4]
     assert not set(chats["train"]) & set(chats["heldout"])
+    work = harness.yardstick(True)
+    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
+    answers = [json.loads(line)["messages"][1]["content"] for line in chats["heldout"]]
+    targets = sum(len(tokenizer(f"{text}<|end|>")["input_ids"]) for text in answers)
+    assert targets - 1 <= metrics["rows/docstrings"] <= targets, "only the answers are targets"
+
+
+def test_instructions_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "PACKAGES", ("json",))
+    tasks = dict(instructions._functions())
+    assert "Deserialize ``fp``" not in "".join(tasks), "a docstring is not left in its function"
+    assert all(source.startswith(("def ", "async def ", "@")) for source in tasks)
+    assert all(30 <= len(docstring) <= 300 for docstring in tasks.values()) and tasks
 
 
 def test_means_and_claims() -> None:

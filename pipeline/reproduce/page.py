@@ -13,6 +13,7 @@ from pipeline.reproduce.results import (
     KD,
     PERPLEXITY,
     ROUGE,
+    Claim,
     Results,
     Spread,
     answers,
@@ -155,23 +156,30 @@ def _difference(apart: Sequence[float], metric: str) -> str:
 
 
 def _claims(results: Results) -> str:
-    rows = [
-        [
-            a.claim.text, f"{a.claim.better} − {a.claim.worse}", _heading(a.metric),
-            _cell(a.difference, a.metric, "+"), f"{a.favour}/{a.seeds}", a.verdict,
-        ]
-        for a in answers(results)
-    ]  # fmt: skip
-    if not rows:
+    """Returns a row a claim, a column a kind of metric."""
+    found: dict[Claim, dict[str, str]] = {}
+    for one in answers(results):
+        cells = found.setdefault(one.claim, {})
+        difference = _cell(one.difference, one.metric, "+")
+        cells[_kind(one.metric)] = f"{one.verdict}: {difference} ({one.favour}/{one.seeds})"
+    if not found:
         return ""
-    table = markdown(
-        ["claim", "rows", "metric", "paired difference", "seeds in favour", "holds here"], rows
-    )
+    kinds = list(dict.fromkeys(kind for cells in found.values() for kind in cells))
+    rows = [
+        [claim.text, f"{claim.better} − {claim.worse}", *(cells.get(kind, "–") for kind in kinds)]
+        for claim, cells in found.items()
+    ]
+    table = markdown(["claim", "rows", *(NAMES[kind] for kind in kinds)], rows, 2)
     return (
-        "## The claims\n\nWhat arXiv 2507.15198 claims, answered by paired differences over the seeds. "
-        '"Yes" and "no" need all seeds to agree and a mean beyond one standard deviation; with three '
-        f"seeds chance alone does the former once in four times.\n\n{table}"
+        "## The claims\n\nWhat arXiv 2507.15198 claims, answered by paired differences over the seeds "
+        '(in brackets: seeds in favour). "Yes" and "no" need all seeds to agree and a mean beyond one '
+        "standard deviation; with three seeds chance alone does the former once in four times.\n\n"
+        + table
     )
+
+
+def _kind(metric: str) -> str:
+    return metric.split("/")[0].removeprefix("answer_")
 
 
 def _cell(found: Spread | None, metric: str, sign: str = "") -> str:
@@ -187,9 +195,10 @@ def _heading(metric: str) -> str:
     return f"{NAMES.get(name, name)}{f', {domain}' if domain and domain != 'overall' else ''}"
 
 
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table; the first column to the left, others to the right."""
-    lines = [headers, [":--", *["--:"] * (len(headers) - 1)], *rows]
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Returns a table; the first `left` columns to the left, others to the right."""
+    rule = [":--"] * left + ["--:"] * (len(headers) - left)
+    lines = [headers, rule, *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
@@ -210,12 +219,14 @@ def _settings(about: Mapping[str, Any]) -> str:
     common = " ".join(f"`{text}`" for text in about["common"])
     return (
         f"## Settings\n\nOver `{about['config']}`, for all rows: {common}; over these, by row (equal "
-        f"settings are one run):\n\n{markdown(['table', 'row', 'settings'], rows)}"
+        f"settings are one run):\n\n{markdown(['table', 'row', 'settings'], rows, 3)}"
     )
 
 
 def _machines(about: Mapping[str, Any]) -> str:
     lines = [f"- {', '.join(f'{k} {v}' for k, v in one.items())}" for one in about["machines"]]
+    if not lines:
+        return ""
     return "## Machine and versions\n\n" + "\n".join(lines)
 
 

@@ -219,6 +219,8 @@ def describe(harness: Harness, seeds: int) -> dict[str, Any]:
         "commands": [
             f'scholiast reproduce {harness.config} --tables "{" ".join(tables)}" --seeds {seeds} '
             f"--steps {harness.steps}{more}",
+            f"scholiast reproduce {harness.config} --seeds {seeds} --steps {harness.steps}{more} "
+            "--write-results stages/RESULTS.md",
         ],
         "common": [*COMMON, *EVALUATION],
         "rows": [

@@ -58,7 +58,7 @@ def dots(
 
     rows = [r for r in results.rows[table] if any(results.seeds(table, r, m) for m in metrics[-1:])]
     figure, panels = plt.subplots(
-        1, len(metrics), figsize=(9, 0.9 + 0.26 * len(rows)), sharey=True, layout="constrained",
+        1, len(metrics), figsize=(9, 1.1 + 0.26 * len(rows)), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     colours = _colours([groups.get((table, row), "") for row in rows])
@@ -69,7 +69,7 @@ def dots(
             axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.5, markersize=4)
             if found:
                 axes.plot([sum(found) / len(found)], [y], "|", color="black", markersize=14)
-        axes.set_xlabel(f"{LABELS[metric]} (points: seeds; bars: means)", fontsize=8)
+        axes.set_xlabel(f"{LABELS[metric]}\n(points: seeds; bars: means)", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
     return figure

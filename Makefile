@@ -5,8 +5,20 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SCHOLIAST := $(BIN)/scholiast
 
+# The evidence: table 1 for three seeds, or with LONG=1 all of it.
+ifdef LONG
+TABLES ?= 1 2 3 4
+SEEDS  ?= 5
+STEPS  ?= 147
+else
+TABLES ?= 1
+SEEDS  ?= 3
+STEPS  ?= 49
+endif
+REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEEDS) --steps $(STEPS)
+
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student test test-s3 bench-cache bench-step lint clean
+.PHONY: help cache-teachers train-student reproduce test test-s3 bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +40,9 @@ train-student: cache-teachers  ## the whole job: cache, train, evaluate, report 
 	$(SCHOLIAST) train-student $(CONFIG)
 	$(SCHOLIAST) evaluate --quiet $(CONFIG) > /dev/null
 	$(SCHOLIAST) report $(CONFIG)
+
+reproduce: $(BIN)/.installed  ## the evidence, resumable: table 1 (LONG=1: all tables, seeds, steps)
+	$(REPRODUCE)
 
 lint: $(BIN)/.installed-test  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
+from pipeline.reproduce.command import reproduce
 from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def main() -> None:
     train-student   the student on the teachers' fused notes
     evaluate        held-out figures; report: HTML, Markdown and JSON of them
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
+    reproduce       the method's evidence: many small runs, compared over several seeds
 
     Every command can be interrupted and run again: it goes on where it stopped.
 
@@ -432,7 +434,7 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
     )
 
 
-for _command in (verify, repair, inspect):
+for _command in (verify, repair, inspect, reproduce):
     main.add_command(_command)
 
 

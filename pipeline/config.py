@@ -183,6 +183,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file, a key or a value is wrong; every problem is listed.
     """
     try:
+        return RunConfig.model_validate(merged(path, overrides))
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+def merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what a file and overrides say, before any of it is checked.
+
+    Raises:
+        ConfigError: the file is not a YAML mapping, or an override does not fit it.
+    """
+    try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(
@@ -201,10 +213,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )  # fmt: skip
     for text in overrides:
         _override(raw, text)
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _explain(error, path) from None
+    return raw
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -36,10 +36,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from online import OnlineStudent
 from torch import Tensor
 
 from pipeline.config import load_config
+from pipeline.reproduce.online import OnlineStudent
 from pipeline.workspace import Workspace
 from stages.batches import Batch
 from stages.chunked_head import chunk_rows, chunked_loss

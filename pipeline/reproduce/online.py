@@ -1,5 +1,6 @@
 """Online distillation, to compare with: the teachers are in memory and run on every batch.
 
+The upper bound of what a cache can teach, at four times the time a step and with all models in memory.
 The targets are the teachers' whole distributions, fused by entropy weights as `stages/weighting.py` does,
 at temperature 1; logits of student and teachers exist a chunk of rows at a time, as in our own loss, and
 no row is kept on disk. Features are not aligned.
@@ -32,7 +33,7 @@ class _DenseLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = hidden.requires_grad
         grads = _Gradients(hidden, head, torch.float32) if wanted else None
-        terms = torch.zeros(3, len(hidden))
+        terms = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, min(start + CHUNK, len(hidden)))
             logq = head.logits(hidden[rows]).log_softmax(-1)
@@ -85,7 +86,8 @@ class OnlineStudent(DistilledStudent):
     def forward(
         self, batch: Batch, rows: int, segments: int, alpha: float | None = None
     ) -> StepLoss:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        kind = batch.inputs.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
             hidden, _ = run_decoder(self.model, batch.inputs, batch.positions, ())
         alpha = self.options.alpha if alpha is None else alpha
         theirs = [
@@ -98,5 +100,5 @@ class OnlineStudent(DistilledStudent):
             ((1 - alpha) / max(rows, 1), alpha / max(rows, 1)), self.tau,
         )  # fmt: skip
         ce, kd, correct = terms.sum(-1, dtype=torch.float64)
-        nothing = torch.zeros(())
+        nothing = ce.new_zeros(())
         return StepLoss(total, ce, kd, nothing, correct, nothing, terms[0], terms[1])

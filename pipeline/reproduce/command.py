@@ -1,0 +1,143 @@
+"""`scholiast reproduce`: parses, then calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.console import Console
+    from pipeline.reproduce.harness import Harness
+    from pipeline.reproduce.rows import Row
+    from pipeline.reproduce.runs import Task
+
+
+@click.command()
+@click.option("--tables", default="1", show_default=True,
+              help="1 approaches, 2 sensitivity, 3 encodings, 4 multi-task.")  # fmt: skip
+@click.option("--row", "names", multiple=True, help="Only rows of this name. Repeatable.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=49, show_default=True, type=click.IntRange(1),
+              help="Optimizer steps of every row.")  # fmt: skip
+@click.option("--task", default=0, envvar="SLURM_ARRAY_TASK_ID", type=click.IntRange(0),
+              help="Which share of the runs is done here, from 0.")  # fmt: skip
+@click.option("--tasks", default=1, envvar="SLURM_ARRAY_TASK_COUNT", type=click.IntRange(1),
+              help="In how many shares the runs are cut.")  # fmt: skip
+@click.option("--folder", default="runs/reproduce", show_default=True,
+              type=click.Path(file_okay=False, path_type=Path), help="For runs and results.")  # fmt: skip
+@click.option("--plan", is_flag=True, help="List the runs, what is done, time left; run nothing.")
+@click.option("--keep", is_flag=True, help="Keep the students' models.")
+@click.option("--write-results", "page", type=click.Path(dir_okay=False, path_type=Path),
+              help="Run nothing; write this page, and its plots beside it, of what is done.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Lay a value over the configuration, for all rows. Repeatable.")  # fmt: skip
+@click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+def reproduce(
+    config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int, tasks: int,
+    folder: Path, plan: bool, keep: bool, page: Path | None, overrides: Sequence[str], quiet: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Make the evidence: train every row of the tables for several seeds, and compare.
+
+    Finished runs are kept and not repeated, and a killed one goes on from its checkpoint. Runs are
+    independent: start the command several times, or as an array of tasks, and they share the work.
+
+    \b
+    Example: scholiast reproduce pipeline/configs/demo.yaml --tables "1 2" --seeds 5
+      sbatch --array=0-7 --wrap "scholiast reproduce pipeline/configs/demo.yaml"
+      scholiast reproduce pipeline/configs/demo.yaml --write-results stages/RESULTS.md
+    """
+    from pipeline.console import Console
+    from pipeline.reproduce.harness import Harness
+    from pipeline.reproduce.runs import share, tasks_of
+
+    console = Console(quiet)
+    click.get_current_context().find_root().obj = console
+    if task >= tasks:
+        raise click.BadParameter(f"shares go from 0 to {tasks - 1}", param_hint="--task")
+    harness = Harness(config, overrides, folder, steps, console)
+    rows = chosen(harness, tables, names)
+    mine = share(tasks_of(harness, rows, seeds), task, tasks)
+    if plan:
+        show_plan(console, harness, mine)
+        return
+    if page is None:
+        perform_all(console, harness, mine, keep)
+        page = folder / "RESULTS.md"
+    save_results(harness, seeds, page)
+    click.echo(f"raw rows: {folder / 'results.json'}\ntables:   {page}")
+
+
+def chosen(harness: Harness, tables: str, names: Sequence[str]) -> list[Row]:
+    """Returns the rows asked for, by the tables' numbers and the rows' names."""
+    from pipeline.reproduce.rows import NUMBERS
+
+    numbers = tables.replace(",", " ").split()
+    wrong = [number for number in numbers if number not in NUMBERS]
+    if wrong or not numbers:
+        raise click.BadParameter(f"tables are {', '.join(NUMBERS)}", param_hint="--tables")
+    asked = [NUMBERS[number] for number in numbers]
+    rows = [row for row in harness.rows if row.table in asked]
+    unknown = sorted(set(names) - {row.name for row in rows})
+    if unknown:
+        known = ", ".join(dict.fromkeys(row.name for row in rows))
+        raise click.BadParameter(f"no row {unknown[0]!r}; there are: {known}", param_hint="--row")
+    return [row for row in rows if not names or row.name in names]
+
+
+def perform_all(console: Console, harness: Harness, tasks: Sequence[Task], keep: bool) -> None:
+    """Does the runs in turn."""
+    from pipeline.reproduce.runs import perform
+
+    busy = 0
+    for number, task in enumerate(tasks, 1):
+        if not task.done:
+            console.say(f"run {number} of {len(tasks)}: {task.folder.name}")
+        busy += not perform(harness, task, keep)
+    if busy:
+        click.echo(f"{busy} of {len(tasks)} runs are being done by other processes")
+
+
+def show_plan(console: Console, harness: Harness, tasks: Sequence[Task]) -> None:
+    """Prints the runs, and what is left by the mean time of finished ones of their kind."""
+    from pipeline.console import duration
+    from pipeline.reproduce.runs import seconds_by_kind
+
+    seconds = seconds_by_kind(tasks)
+    left, unknown, lines = 0.0, 0, []
+    for task in tasks:
+        expected = seconds.get((task.row.kind, harness.steps_of(task.row)))
+        if not task.done:
+            left += expected or 0.0
+            unknown += expected is None
+        shown = "–" if expected is None or task.done else duration(expected)
+        lines.append([task.folder.name, task.row.table, "done" if task.done else "", shown])
+    console.table(["run", "table", "state", "time left"], lines, left=(0, 1, 2))
+    done = sum(task.done for task in tasks)
+    click.echo(f"\n{done} of {len(tasks)} runs done, {duration(left)} to go on this machine" + (
+        f", and {unknown} runs of a kind that has not been timed; caches not counted" if unknown else ""
+    ))  # fmt: skip
+
+
+def save_results(harness: Harness, seeds: int, page: Path) -> None:
+    """Writes results.json and about.json of every finished run, and the page with its plots."""
+    import json
+
+    from pipeline.reproduce.drawings import draw
+    from pipeline.reproduce.page import load_results, write_page
+    from pipeline.reproduce.runs import collect, describe
+    from storage import durable
+
+    raw = collect(harness, harness.rows, seeds)
+    folder = harness.folder
+    durable.write_bytes(folder / "results.json", json.dumps(raw, indent=0).encode())
+    about = describe(harness, seeds)
+    durable.write_bytes(folder / "about.json", json.dumps(about, indent=1).encode())
+    results, about = load_results(folder)
+    groups = {(row.table, row.name): row.group for row in harness.rows}
+    write_page(results, about, page, draw(results, page.parent, groups))

@@ -1,0 +1,64 @@
+"""One run's figures: a student's by what is measured for any student, the teachers' from their notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.workspace import Workspace
+
+
+def figures_of(work: Workspace, model_folder: Path) -> dict[str, float]:
+    """Returns a trained student's figures, metric → value.
+
+    Args:
+        work: the yardstick: corpus, caches and fused target that it is measured with.
+        model_folder: of the exported student.
+    """
+    import torch
+
+    from stages.device import choose_device
+    from stages.evaluate import heldout_losses
+    from stages.student import DistilledStudent
+    from stages.teacher import load_causal_lm
+
+    work._setup_torch()
+    config, reader = work.config, work.batch_reader()
+    model = load_causal_lm(
+        model_folder, "student", dtype=torch.float32, attention=config.student.attention,
+        device=choose_device(config.device), trust_remote_code=config.student.trust_remote_code,
+    )  # fmt: skip
+    student = DistilledStudent(model, config.loss, config.train.precision == "bf16")
+    heldout = reader.corpus.info.block_ids("heldout")
+    return flat(
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "domains": heldout_losses(student, reader, heldout, config.evaluate.batch_blocks),
+        }
+    )
+
+
+def notes_figures(work: Workspace, name: str) -> dict[str, float]:
+    """Returns the figures of a teacher, or of the ensemble ("fused"), on the held-out blocks."""
+    from stages.evaluate import teacher_perplexities
+
+    reader = work.batch_reader()
+    heldout = reader.corpus.info.block_ids("heldout")
+    return flat({"domains": teacher_perplexities(reader, heldout)[name]})
+
+
+def flat(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Returns figures as one level: "perplexity/code", "bleu/overall", "sampled_bleu/overall"."""
+    found = {n: float(v) for n, v in figures.items() if _number(v)}
+    for domain, table in figures.get("domains", {}).items():
+        found |= {f"{n}/{domain}": float(v) for n, v in table.items() if _number(v)}
+    for domain, by_mode in figures.get("generation", {}).items():
+        for mode, table in by_mode.items():
+            prefix = "" if mode == "greedy" else f"{mode}_"
+            found |= {f"{prefix}{n}/{domain}": float(v) for n, v in table.items() if _number(v)}
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

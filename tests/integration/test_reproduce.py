@@ -1,0 +1,221 @@
+"""The evidence on tiny models: runs of every kind, shared out, resumed, and the page made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Lab
+
+from pipeline.reproduce import instructions
+from pipeline.reproduce.harness import Harness
+from pipeline.reproduce.results import Results, Spread, answers
+from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
+from pipeline.reproduce.runs import FIGURES, claimed, perform, share, tasks_of
+from stages.progress import Silent
+from stages.tokenizer import load_tokenizer
+
+FEW = (CE, ENTROPY, FULL, ONLINE, ENSEMBLE)
+
+
+@pytest.fixture(autouse=True)
+def small(lab: Lab) -> None:
+    """A few documents are enough."""
+    for name in ("x", "y", "held"):
+        path = lab.root / f"{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+
+
+def harness_of(lab: Lab, steps: int = 2) -> Harness:
+    return Harness(lab.write(), [], lab.root / "evidence", steps, Silent())
+
+
+def named(harness: Harness, *names: str, table: str = "approaches") -> list[Any]:
+    return [row for row in harness.rows if row.table == table and row.name in names]
+
+
+def command(lab: Lab, cli: Callable[..., Any], *arguments: object) -> Any:
+    rows = [part for name in FEW for part in ("--row", name)]
+    common = ("--steps", 2, "--seeds", 2, "--folder", lab.root / "evidence", "--debug")
+    return cli("reproduce", lab.write(), *common, *rows, *arguments, catch_exceptions=False)
+
+
+def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
+    evidence = lab.root / "evidence"
+    assert "0 of 9 runs done" in command(lab, cli, "--plan").output
+    for task in (0, 1):  # as two tasks of an array
+        result = command(lab, cli, "--task", task, "--tasks", 2)
+        assert result.exit_code == 0, result.output
+    assert "9 of 9 runs done" in command(lab, cli, "--plan").output
+    raw = json.loads((evidence / "results.json").read_text())
+    assert all(set(one) == {"table", "row", "seed", "metric", "value"} for one in raw)
+    found = Results(raw)
+    for name in FEW[:-1]:
+        assert set(found.seeds("approaches", name, "perplexity/overall")) == {0, 1}
+        assert found.seeds("approaches", name, "kd/x")[0] > 0
+    # A row of table 2 with the reference's settings is the same run.
+    assert found.seeds("sensitivity", "tau 1.0", "kd/overall") == found.seeds(
+        "approaches", ENTROPY, "kd/overall"
+    )
+    page = command(lab, cli, "--write-results", lab.root / "page/RESULTS.md")
+    assert page.exit_code == 0
+    text = (lab.root / "page/RESULTS.md").read_text()
+    assert "## The claims" in text and "(results-approaches.svg)" in text
+    assert (lab.root / "page/results-approaches.svg").read_text().startswith("<?xml")
+    left = {path.name for path in evidence.glob("runs/*/students/*/*")}
+    assert left == {"metrics.jsonl"}, "checkpoints and models are not kept"
+
+
+def test_a_killed_run_goes_on_and_finished_ones_are_not_repeated(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = harness_of(lab)
+    (task,) = tasks_of(harness, named(harness, ENTROPY), 1)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipeline.reproduce.runs.figures_of", die)
+        perform(harness, task, keep=False)
+    model = task.folder / "students/fused/model/model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert not task.done
+    perform(harness_of(lab), task, keep=True)
+    assert task.done and model.stat().st_mtime_ns == before
+    figures = (task.folder / FIGURES).read_text()
+    assert json.loads(figures)["seconds"] is None, "half of a run says nothing of its time"
+    perform(harness_of(lab), task, keep=False)
+    assert (task.folder / FIGURES).read_text() == figures and not model.exists()
+
+
+def test_a_run_belongs_to_one_process_at_a_time(lab: Lab) -> None:
+    harness = harness_of(lab)
+    (task,) = tasks_of(harness, named(harness, ENTROPY), 1)
+    with claimed(task.folder) as mine:
+        assert mine
+        assert not perform(harness, task, keep=False)
+    assert not (task.folder / "students").exists()
+
+
+def test_shares_are_disjoint_and_whole(lab: Lab) -> None:
+    harness = harness_of(lab)
+    tasks = tasks_of(harness, harness.rows, 3)
+    shares = [share(tasks, i, 4) for i in range(4)]
+    assert sorted(t.folder for part in shares for t in part) == sorted(t.folder for t in tasks)
+    assert len({t.folder for t in tasks}) == len(tasks) < 3 * len(harness.rows)
+
+
+def test_what_a_run_is_called_hangs_on_what_it_is(lab: Lab) -> None:
+    row = named(harness_of(lab), ENTROPY)[0]
+    keys = {harness_of(lab, steps).key(row) for steps in (2, 2, 3)}
+    assert len(keys) == 2
+    moved = Harness(lab.write(cache_dir="elsewhere"), [], lab.root, 2, Silent())
+    assert moved.key(row) in keys
+    other = Harness(lab.write(train__lr=0.5), [], lab.root, 2, Silent())
+    assert other.key(row) not in keys
+
+
+def test_the_reference_is_pinned(lab: Lab) -> None:
+    """A row means the same whatever the configuration's own fusion and loss are."""
+    row = named(harness_of(lab), ENTROPY)[0]
+    changed = lab.write(loss__alpha=0.3, fusion__weights="uniform")
+    assert (
+        Harness(changed, [], lab.root, 2, Silent()).key(row)
+        == Harness(lab.write(loss__alpha=0.7), [], lab.root, 2, Silent()).key(row)
+        != harness_of(lab).key(named(harness_of(lab), UNIFORM)[0])
+    )
+    work = Harness(changed, [], lab.root, 2, Silent()).yardstick(False)
+    assert work.config.loss.alpha == 0.9 and work.config.fusion.weights == "entropy"
+    assert "loss.alpha=0.9" in COMMON
+
+
+def test_other_teachers_and_other_caches(lab: Lab) -> None:
+    harness, caches = harness_of(lab), lab.root / "evidence/caches"
+    names = ("with a weak one", "1 + 8 draws")
+    rows = [row for row in harness.rows if row.name in names]
+    for row, task in zip(rows, tasks_of(harness, rows, 1), strict=True):
+        assert perform(harness, task, keep=False)
+        metrics = json.loads((task.folder / FIGURES).read_text())["metrics"]
+        assert metrics["bytes_per_token"] > 0 and metrics["kd/overall"] > 0
+        assert (caches / row.cache / "one/cache.json").exists() == bool(row.cache)
+    assert (lab.root / "run/cache/weak/cache.json").exists()
+    config = json.loads((harness.folder / "weak/config.json").read_text())
+    assert config["num_hidden_layers"] == 2, "one of three layers is left out"
+
+
+def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = [(f"def f{i}(): return {i}", f"Return {i}.") for i in (1, 2, 3, 4, 5, 6, 6)]
+    monkeypatch.setattr(instructions, "_functions", lambda: iter(functions))
+    monkeypatch.setattr(instructions, "REQUEST", "Say what this does: ")
+    monkeypatch.setattr(instructions, "HELDOUT", 4)
+    lab.config["corpus"]["block_length"] = 250
+    harness = harness_of(lab)
+    (row,) = named(harness, ENTROPY, table="multi-task")
+    (task,) = tasks_of(harness, [row], 1)
+    assert perform(harness, task, keep=False)
+    metrics = json.loads((task.folder / FIGURES).read_text())["metrics"]
+    assert {"kd/x", "kd/docstrings"} <= set(metrics)
+    chats = {
+        part: (harness.folder / f"mix/text/{part}.jsonl").read_text().splitlines()
+        for part in ("train", "heldout")
+    }
+    assert [len(set(lines)) for lines in chats.values()] == [2, 4]
+    assert not set(chats["train"]) & set(chats["heldout"])
+    work = harness.yardstick(True)
+    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
+    answers = [json.loads(line)["messages"][1]["content"] for line in chats["heldout"]]
+    targets = sum(len(tokenizer(f"{text}<|end|>")["input_ids"]) for text in answers)
+    assert targets - 1 <= metrics["rows/docstrings"] <= targets, "only the answers are targets"
+
+
+def test_instructions_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "PACKAGES", ("json",))
+    tasks = dict(instructions._functions())
+    assert "Deserialize ``fp``" not in "".join(tasks), "a docstring is not left in its function"
+    assert all(source.startswith(("def ", "async def ", "@")) for source in tasks)
+    assert all(30 <= len(docstring) <= 300 for docstring in tasks.values()) and tasks
+
+
+def test_means_and_claims() -> None:
+    def rows(table: str, row: str, values: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"table": table, "row": row, "seed": i, "metric": "perplexity/overall", "value": v}
+            for i, v in enumerate(values)
+        ]
+
+    found = Results(
+        rows("approaches", FULL, [10.0, 11.0, 12.0])
+        + rows("approaches", UNIFORM, [12.0, 12.5, 13.9])
+        + rows("approaches", "single: one", [12.0, 10.0, 13.0])
+        + rows("approaches", "single: two", [15.0, 16.0, 17.0])
+    )
+    assert found.best_single("approaches") == "single: one"
+    assert found.spread("approaches", FULL, "perplexity/overall") == Spread(11.0, 1.0)
+    assert found.paired("approaches", FULL, UNIFORM, "perplexity/overall") == pytest.approx(
+        [-2.0, -1.5, -1.9]
+    )
+    by_rival = {a.claim.worse: a for a in answers(found)}
+    assert (by_rival[UNIFORM].favour, by_rival[UNIFORM].verdict) == (3, "yes")
+    assert (by_rival["best single"].favour, by_rival["best single"].verdict) == (
+        2, "not told apart",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tables", "5"), "tables are 1, 2, 3, 4"),
+        (("--row", "nothing"), "no row 'nothing'"),
+        (("--task", "2", "--tasks", "2"), "shares go from 0 to 1"),
+    ],
+)
+def test_wrong_usage_is_refused(
+    lab: Lab, cli: Callable[..., Any], arguments: tuple[str, ...], said: str
+) -> None:
+    result = cli("reproduce", lab.write(), *arguments)
+    assert result.exit_code == 2 and said in result.output
+    assert not Path("runs/reproduce").joinpath(".preparing.lock").exists()

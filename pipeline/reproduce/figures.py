@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.reproduce.answers import answer_scores
 from pipeline.workspace import Workspace
 
 
@@ -18,34 +19,30 @@ def figures_of(work: Workspace, model_folder: Path) -> dict[str, float]:
     """
     import torch
 
+    from pipeline.evaluation import sample_prompts, student_figures
     from stages.device import choose_device
-    from stages.evaluate import heldout_losses
-    from stages.student import DistilledStudent
     from stages.teacher import load_causal_lm
 
     work._setup_torch()
-    config, reader = work.config, work.batch_reader()
+    student, reader = work.config.student, work.batch_reader()
+    info = reader.corpus.info
     model = load_causal_lm(
-        model_folder, "student", dtype=torch.float32, attention=config.student.attention,
-        device=choose_device(config.device), trust_remote_code=config.student.trust_remote_code,
+        model_folder, "student", dtype=torch.float32, attention=student.attention,
+        device=choose_device(work.config.device), trust_remote_code=student.trust_remote_code,
     )  # fmt: skip
-    student = DistilledStudent(model, config.loss, config.train.precision == "bf16")
-    heldout = reader.corpus.info.block_ids("heldout")
-    return flat(
-        {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "domains": heldout_losses(student, reader, heldout, config.evaluate.batch_blocks),
-        }
-    )
+    prompts = sample_prompts(work, reader, info)
+    figures = student_figures(work, model, reader, info, prompts)
+    return flat(figures) | answer_scores(work, model, reader.corpus)
 
 
 def notes_figures(work: Workspace, name: str) -> dict[str, float]:
     """Returns the figures of a teacher, or of the ensemble ("fused"), on the held-out blocks."""
-    from stages.evaluate import teacher_perplexities
+    from pipeline.evaluation import cached_figures, sample_prompts
 
     reader = work.batch_reader()
-    heldout = reader.corpus.info.block_ids("heldout")
-    return flat({"domains": teacher_perplexities(reader, heldout)[name]})
+    info = reader.corpus.info
+    found = cached_figures(work, reader, info, sample_prompts(work, reader, info))
+    return flat({"domains": {**found["teachers"], "fused": found["fused"]}[name]})
 
 
 def flat(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -32,21 +32,22 @@ class _DenseLoss(torch.autograd.Function):
         theirs: Sequence[tuple[TransformersTeacher, Tensor]], scales: tuple[float, float], tau: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = hidden.requires_grad
-        grads = _Gradients(hidden, head, torch.float32) if wanted else None
-        terms = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
+        grads = _Gradients(hidden, head, torch.float32, True, True, False) if wanted else None
+        terms = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, min(start + CHUNK, len(hidden)))
             logq = head.logits(hidden[rows]).log_softmax(-1)
             mixture, kd = fuse([t.logits(h[rows]) for t, h in theirs], logq, tau)
             at = gold[rows, None]
             terms[0, rows], terms[1, rows] = -logq.gather(-1, at)[:, 0], kd
-            terms[2, rows] = (logq.argmax(-1) == gold[rows]).float()
+            largest, found = logq.max(-1)
+            terms[2, rows], terms[3, rows] = (found == gold[rows]).float(), largest.exp()
             if grads is not None:
                 gradient = logq.exp_().mul_(sum(scales)).sub_(mixture, alpha=scales[1])
                 gradient.scatter_add_(-1, at, torch.full_like(at, -scales[0], dtype=torch.float32))
                 grads.add(rows.start, rows.stop, gradient)
         if grads is not None:
-            ctx.save_for_backward(*grads.tensors())
+            ctx.save_for_backward(grads.hidden, grads.weight)
         ctx.mark_non_differentiable(terms)
         ce, kd = terms[:2].sum(-1, dtype=torch.float64)
         return (scales[0] * ce + scales[1] * kd).float(), terms
@@ -99,6 +100,8 @@ class OnlineStudent(DistilledStudent):
             hidden[batch.scored], head.weight, head, batch.gold, theirs,
             ((1 - alpha) / max(rows, 1), alpha / max(rows, 1)), self.tau,
         )  # fmt: skip
-        ce, kd, correct = terms.sum(-1, dtype=torch.float64)
-        nothing = ce.new_zeros(())
-        return StepLoss(total, ce, kd, nothing, correct, nothing, terms[0], terms[1])
+        ce, kd, correct, _ = terms.sum(-1, dtype=torch.float64)
+        nothing, no_R = ce.new_zeros(()), torch.zeros_like(terms[0])
+        return StepLoss(
+            total, ce, kd, nothing, correct, nothing, terms[0], terms[1], terms[2], no_R, terms[3]
+        )

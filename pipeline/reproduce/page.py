@@ -35,12 +35,13 @@ from storage import durable
 FINDINGS: Final = Path(__file__).with_name("findings.md")
 NAMES: Final = {
     "perplexity": "perplexity", "kd": "distillation loss", "ce": "cross-entropy", "ece": "ECE",
-    "bleu": "BLEU", "rouge_l": "ROUGE-L", "accuracy": "accuracy", "bytes_per_token": "bytes a token",
+    "bleu": "BLEU", "rouge_l": "ROUGE-L", "answer_rouge_l": "ROUGE-L of answers", "accuracy": "accuracy",
+    "bytes_per_token": "bytes a token",
     "training_seconds": "training, s",
 }  # fmt: skip
 FORMS: Final = {
     "perplexity": ".1f", "kd": ".3f", "ce": ".3f", "ece": ".3f", "bleu": ".2f", "rouge_l": ".3f",
-    "accuracy": ".3f", "bytes_per_token": ".1f", "training_seconds": ".0f",
+    "answer_rouge_l": ".3f", "accuracy": ".3f", "bytes_per_token": ".1f", "training_seconds": ".0f",
 }  # fmt: skip
 MARKS: Final = {"": "", "token": " †", "calibration": " ‡"}
 HEADINGS: Final = {
@@ -124,7 +125,7 @@ def _columns(results: Results, table: str) -> list[str]:
     by_domain = [m for m in there if m.startswith("perplexity/") and m != PERPLEXITY]
     wanted = [*by_domain, PERPLEXITY, KD, "ece/overall", BLEU, ROUGE]
     if table == MULTITASK:
-        wanted += ["kd/docstrings", "accuracy/docstrings", "rouge_l/docstrings"]
+        wanted += ["kd/docstrings", "accuracy/docstrings", "answer_rouge_l/docstrings"]
     if table == ENCODINGS:
         wanted = ["bytes_per_token", "ce/overall", PERPLEXITY, KD, "ece/overall"]
     return [m for m in wanted if m in there]

@@ -124,7 +124,8 @@ CLAIMS: Final = (
         for than, other in (("the best single teacher", BEST_SINGLE), ("uniform weights", UNIFORM))
         for where, metrics in (
             ("over all tasks", _ALL),
-            ("in the instruction task", ("perplexity/docstrings", "kd/docstrings", "rouge_l/docstrings")),
+            ("in the instruction task",
+             ("perplexity/docstrings", "kd/docstrings", "answer_rouge_l/docstrings")),
         )
     ),
 )  # fmt: skip

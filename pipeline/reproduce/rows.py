@@ -21,7 +21,9 @@ COMMON: Final = (
 """The reference that a row's own settings are laid over, and the target that all rows are measured by."""
 
 EVALUATION: Final = (
-    "evaluate.samples=4", "evaluate.prompt_tokens=48", "evaluate.new_tokens=64",
+    "evaluate.samples=0", "evaluate.prompts=8", "evaluate.prompt_tokens=48",
+    "evaluate.new_tokens=64", "evaluate.sample_temperature=1.0", "evaluate.resamples=0",
+    "evaluate.seed=0",
 )  # fmt: skip
 
 MULTITASK_STEPS: Final = 5 / 3

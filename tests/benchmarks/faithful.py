@@ -14,7 +14,7 @@ out, STEPS optimizer steps (49 are one pass over its training blocks). Rows diff
 
 A seed decides the order of blocks and is the same for all rows. Given is the held-out loss, nats a
 token: cross-entropy over all held-out blocks after the last step, its mean and standard deviation
-(n − 1) over the seeds. Finished runs are kept in FOLDER/faithful and not repeated.
+(n − 1) over the seeds. The runs are those of `make reproduce`, kept in runs/reproduce and not repeated.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pipeline.reproduce.results import Results
 from pipeline.reproduce.rows import APPROACHES, CE, ENCODINGS, ENTROPY, ONLINE
 from pipeline.reproduce.runs import collect, perform, tasks_of
 
+RUNS = Path("runs/reproduce")
 COMPACT, HELDOUT = "16 + 16 draws", "ce/overall"
 ROWS = {CE: APPROACHES, ONLINE: APPROACHES, ENTROPY: APPROACHES, COMPACT: ENCODINGS,
         "bucket, k = 16": ENCODINGS, "renormalised, k = 16": ENCODINGS}  # fmt: skip
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=49)
     asked = parser.parse_args()
     print(__doc__)
-    harness = Harness(CONFIG, [], asked.folder / "faithful", asked.steps, Console())
+    harness = Harness(CONFIG, [], RUNS, asked.steps, Console())
     chosen = [row for row in harness.rows if ROWS.get(row.name) == row.table]
     for task in tasks_of(harness, chosen, asked.seeds):
         perform(harness, task, keep=False)
@@ -53,11 +54,13 @@ def main() -> None:
     for name in ROWS:
         loss = results.spread("", name, HELDOUT)
         if loss is not None:
-            rows.append({"name": name, "loss_mean": loss.mean, "loss_std": loss.sd})
+            rows.append(
+                {"name": name, "seeds": asked.seeds, "loss_mean": loss.mean, "loss_std": loss.sd}
+            )
     save(asked.folder, faithful=rows)
     figure = dots(results, "", [HELDOUT], {})
     figure.savefig(asked.folder / "faithful.png", dpi=110)
-    print(shown(rows, {"name": "", "loss_mean": ".4f", "loss_std": ".4f"}))
+    print(shown(rows, {"name": "", "seeds": "", "loss_mean": ".4f", "loss_std": ".4f"}))
     ce, online, compact = (results.seeds("", n, HELDOUT) for n in (CE, ONLINE, COMPACT))
     apart = sum(compact[s] - online[s] for s in online) / sum(ce[s] - online[s] for s in online)
     print(f"\ncompact is {apart:+.1%} of the way from online to cross-entropy")

@@ -11,19 +11,24 @@ import pytest
 from conftest import Lab
 
 from pipeline.reproduce import instructions
+from pipeline.reproduce.answers import questions
 from pipeline.reproduce.harness import Harness
 from pipeline.reproduce.results import Results, Spread, answers
 from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
 from pipeline.reproduce.runs import FIGURES, claimed, perform, share, tasks_of
 from stages.progress import Silent
-from stages.tokenizer import load_tokenizer
+from stages.weighting import WEIGHTINGS
 
 FEW = (CE, ENTROPY, FULL, ONLINE, ENSEMBLE)
 
 
 @pytest.fixture(autouse=True)
-def small(lab: Lab) -> None:
-    """A few documents are enough."""
+def small(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few documents and short continuations are enough."""
+    short = ("prompts=2", "samples=0", "prompt_tokens=4", "new_tokens=4", "resamples=0")
+    monkeypatch.setattr(
+        "pipeline.reproduce.harness.EVALUATION", tuple(f"evaluate.{text}" for text in short)
+    )
     for name in ("x", "y", "held"):
         path = lab.root / f"{name}.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
@@ -56,6 +61,7 @@ def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
     for name in FEW[:-1]:
         assert set(found.seeds("approaches", name, "perplexity/overall")) == {0, 1}
         assert found.seeds("approaches", name, "kd/x")[0] > 0
+        assert {0, 1} == set(found.seeds("approaches", name, "bleu/overall"))
     # A row of table 2 with the reference's settings is the same run.
     assert found.seeds("sensitivity", "tau 1.0", "kd/overall") == found.seeds(
         "approaches", ENTROPY, "kd/overall"
@@ -158,7 +164,7 @@ def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None
     (task,) = tasks_of(harness, [row], 1)
     assert perform(harness, task, keep=False)
     metrics = json.loads((task.folder / FIGURES).read_text())["metrics"]
-    assert {"kd/x", "kd/docstrings"} <= set(metrics)
+    assert {"kd/x", "kd/docstrings", "answer_rouge_l/docstrings"} <= set(metrics)
     chats = {
         part: (harness.folder / f"mix/text/{part}.jsonl").read_text().splitlines()
         for part in ("train", "heldout")
@@ -166,8 +172,14 @@ def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None
     assert [len(set(lines)) for lines in chats.values()] == [2, 4]
     assert not set(chats["train"]) & set(chats["heldout"])
     work = harness.yardstick(True)
-    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
+    asked = questions(work.batch_reader().corpus, 9)
+    tokenizer = work.tokenizer()
     answers = [json.loads(line)["messages"][1]["content"] for line in chats["heldout"]]
+    # The first document of a block may have begun in another, and the last may end there.
+    assert len(asked) >= 2 and [tokenizer.decode(one.following) for one in asked] == [
+        f"{text}<|end|>" for text in answers[1 : 1 + len(asked)]
+    ]
+    assert all(tokenizer.decode(one.tokens).endswith("<|assistant|>") for one in asked)
     targets = sum(len(tokenizer(f"{text}<|end|>")["input_ids"]) for text in answers)
     assert targets - 1 <= metrics["rows/docstrings"] <= targets, "only the answers are targets"
 
@@ -178,6 +190,15 @@ def test_instructions_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     assert "Deserialize ``fp``" not in "".join(tasks), "a docstring is not left in its function"
     assert all(source.startswith(("def ", "async def ", "@")) for source in tasks)
     assert all(30 <= len(docstring) <= 300 for docstring in tasks.values()) and tasks
+
+
+def test_every_row_is_a_valid_configuration(lab: Lab) -> None:
+    harness = harness_of(lab)
+    for row in harness.rows:
+        fusion = harness.workspace(row, 0).config.fusion
+        if row.table == "approaches" and row.kind == "cached":
+            table = WEIGHTINGS[fusion.weights.partition(":")[0]]
+            assert table.uses_gold == bool(row.gold), row.name
 
 
 def test_means_and_claims() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report import read_metrics
+from pipeline.figures import read_metrics
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.blocks import CorpusInfo
@@ -22,6 +22,7 @@ def evaluate(
     """Returns everything of evaluation.json that is measured (see report.py for its shape)."""
     import torch
 
+    from pipeline.token_view import token_view
     from stages.batches import BatchReader
     from stages.device import choose_device
     from stages.evaluate import heldout_losses, teacher_perplexities
@@ -33,6 +34,7 @@ def evaluate(
     tables = teacher_perplexities(reader, heldout)
     prompts = sample_prompts(work, reader, info)
     students: dict[str, Any] = {}
+    tokens = token_view(work, reader, heldout)
     work.progress.start("evaluate", len(runs) + 1, "model")
     for name, model in _models(work, runs, device):
         bf16 = work.config.train.precision == "bf16"
@@ -41,6 +43,8 @@ def evaluate(
             "parameters": sum(p.numel() for p in model.parameters()),
             "domains": heldout_losses(module, reader, heldout, work.config.evaluate.batch_blocks),
         }
+        if name != BEFORE:
+            tokens.add_student(name, module)
         for prompt in prompts:
             prompt["continuations"][name] = continue_text(work, model, prompt["tokens"])
         work.progress.advance(1)
@@ -56,7 +60,7 @@ def evaluate(
         "fused": tables["fused"],
         "students": students,
         "samples": [{k: v for k, v in p.items() if k != "tokens"} for p in prompts],
-        "cache": work.cache_costs(jobs),
+        "tokens": tokens.as_json(), "cache": work.cache_costs(jobs),
         "training": {name: training_cost(run, str(device)) for name, run in runs.items()},
     }  # fmt: skip
 

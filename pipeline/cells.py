@@ -75,7 +75,7 @@ class Metric:
 METRICS: Final = {
     "perplexity": Metric("perplexity", None),
     "bits_per_byte": Metric("bits\nper byte", 3),
-    "kd": Metric("KL to fused\nnats/token", 3),
+    "kd": Metric("KL to fused,\nnats/token", 3),
     "accuracy": Metric("top-1\naccuracy, %", 1, 100),
     "agreement": Metric("agrees with\nfused, %", 1, 100),
     "ece": Metric("calibration\nerror, %", 1, 100),

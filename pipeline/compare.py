@@ -1,30 +1,29 @@
-"""Several evaluated runs side by side: `comparison.{html,md,json}`.
+"""Several evaluated runs side by side, as tables.
 
 Runs over one corpus (by its fingerprint) share a table; a teacher, an ensemble or an untrained student
 that several of them measured alike stands there once. Figures of different corpora cannot be compared
-and stand in tables of their own. Cost: a second for each run, mostly drawing.
+and stand in tables of their own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import figures, plots
-from pipeline.cells import GENERATION, METRICS, Cell, Table, count, date
+from pipeline import figures
+from pipeline.cells import GENERATION, METRICS, Cell, Table, count
 from pipeline.figures import BASELINE, BEFORE, ENSEMBLE, FUSED
-from pipeline.page import render, write_files
 from pipeline.plots import OVERALL, Line, perplexity
 from pipeline.report import training_curves
 from storage.errors import ConfigError
 
 _COLOURS: Final = ("fused", "baseline", "teacher-1", "teacher-2", "teacher-3", "teacher-4",
                    "teacher-5", "teacher-6")  # fmt: skip
-_STUDENTS: Final = {FUSED: ("fused", "solid"), BASELINE: ("cross-entropy", "dashed")}
+STUDENT: Final = "student"
+SHORT: Final = {FUSED: ("fused", "solid"), BASELINE: ("cross-entropy", "dashed")}
 _OWN_TO_A_RUN: Final = ("name", "run_dir")
 
 
@@ -47,13 +46,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A model of some runs: how it is shown, its figures by domain, and what it wrote."""
+    """A model of some runs.
+
+    Attributes:
+        kind: teacher, ensemble, untrained or student.
+        line: how it is shown.
+        table: its figures, by domain.
+        generation: scores of what it wrote, by domain.
+    """
 
     runs: list[str]
+    kind: str
+    name: str
     line: Line
     table: Mapping[str, Any]
     generation: Mapping[str, Any]
-    student: bool
 
 
 @dataclass(frozen=True)
@@ -86,36 +93,6 @@ class Comparison:
     notes: list[str]
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> tuple[dict[str, Path], Comparison]:
-    """Writes comparison.html, .md and .json into `out`.
-
-    Returns:
-        "html", "md", "json" → path, and what they show.
-
-    Raises:
-        ConfigError: a run is named twice.
-        IncompleteCache, CorruptShard: a run is not evaluated, or a file of it is damaged.
-    """
-    runs = read_runs(folders)
-    grouped = _grouped(runs)
-    comparison = compare(runs)
-    view = {"runs": runs, "comparison": comparison, "groups": comparison.groups,
-            "created": date(datetime.now(UTC).isoformat()),
-            "dates": {run.label: date(run.evaluation["created"]) for run in runs}}  # fmt: skip
-    page = view | {"plots": [_plots(mine) for mine in grouped.values()]}
-    kept = [
-        {"label": r.label, "folder": str(r.folder), "curves": r.curves,
-         "evaluation": {k: v for k, v in r.evaluation.items() if k != "tokens"}} for r in runs
-    ]  # fmt: skip
-    every = {"format": 1, "comparison": asdict(comparison), "runs": kept}
-    contents = {
-        "html": render("compare.html.j2", page, ("sort.js",)),
-        "md": render("compare.md.j2", view),
-        "json": json.dumps(every, allow_nan=False) + "\n",
-    }
-    return write_files(out, "comparison", contents), comparison
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Returns the runs in the order given.
 
@@ -142,12 +119,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Returns runs side by side."""
-    groups = [_group(corpus, mine) for corpus, mine in _grouped(runs).items()]
+    groups = [_group(corpus, mine) for corpus, mine in by_corpus(runs).items()]
     notes = [f"{r.label}: {note}" for r in runs if (note := figures.gold_note(r.evaluation))]
     return Comparison(groups, differences(runs), _verdict(runs), notes)
 
 
-def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_corpus(runs: Sequence[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.evaluation["fingerprints"]["corpus"], []).append(run)
@@ -164,46 +141,49 @@ def _labels(folders: Sequence[Path], evaluations: Sequence[Mapping[str, Any]]) -
 
 
 def _verdict(runs: Sequence[Run]) -> str:
-    groups = _grouped(runs)
+    groups = by_corpus(runs)
     if len(groups) > 1:
         return (
             f"The {len(runs)} runs are over {len(groups)} different corpora. Figures of different "
             f"corpora cannot be compared, so they stand in {len(groups)} tables."
         )
     students = [
-        (row.table[OVERALL]["perplexity"], row)
-        for row in _rows(runs)
-        if row.student and row.table.get(OVERALL, {}).get("perplexity") is not None
+        (row.table[OVERALL]["perplexity"], short_name(row))
+        for row in rows_of(runs)
+        if row.kind == STUDENT and row.table.get(OVERALL, {}).get("perplexity") is not None
     ]
     if not students:
-        return "No student was measured on held-out data, so nothing can be concluded."
-    students.sort(key=lambda pair: pair[0])
-    (best, row), others = students[0], students[1:]
-    text = (
-        f"{row.line.label} of {row.runs[0]} has the lowest overall held-out perplexity of "
-        f"{len(students)} trained students: {perplexity(best)}"
-    )
+        return "No trained student was measured on held-out data, so nothing can be concluded."
+    (best, name), *others = sorted(students)
+    text = f"{name} has an overall held-out perplexity of {perplexity(best)}"
     if others:
-        next_best, second = others[0]
-        text += f", before {perplexity(next_best)} of {second.runs[0]} ({second.line.label})"
+        text = (
+            f"{name} has the lowest overall held-out perplexity of {len(students)} trained "
+            f"students, {perplexity(best)}; next is {others[0][1]} with {perplexity(others[0][0])}"
+        )
     steps = {cost["steps"] for run in runs for cost in run.evaluation["training"].values()}
     unequal = " They did not all take the same number of steps." if len(steps) > 1 else ""
-    return f"{text[0].upper()}{text[1:]}.{unequal}"
+    return f"{text}.{unequal}"
+
+
+def short_name(row: Row) -> str:
+    """Returns a student's name as legends have it."""
+    return f"{row.runs[0]} · {SHORT.get(row.name, (row.name, ''))[0]}"
 
 
 # -- tables
 
 
-def _rows(runs: Sequence[Run]) -> list[Row]:
+def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Returns the models of runs over one corpus: teachers, ensembles, then students."""
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[tuple[str, str, str], Row] = {}
 
-    def add(run: Run, key: tuple[str, ...], line: Line, entry: Any, table: Any) -> None:
+    def add(run: Run, key: tuple[str, str, str], line: Line, entry: Any, table: Any) -> None:
         if table and key in found:
             found[key].runs.append(run.label)
         elif table:
             written = entry.get("generation") or {}
-            found[key] = Row([run.label], line, table, written, key[0] == "student")
+            found[key] = Row([run.label], *key[:2], line, table, written)
 
     for run in runs:
         caches = run.evaluation["fingerprints"]["caches"]
@@ -212,23 +192,25 @@ def _rows(runs: Sequence[Run]) -> list[Row]:
             add(run, key, Line(name, "muted"), table, table)
     for run in runs:
         fused = run.evaluation["fused"]
-        add(run, ("fused", _alike(fused)), ENSEMBLE, {}, fused)
+        add(run, ("ensemble", FUSED, _alike(fused)), ENSEMBLE, {}, fused)
     for run in runs:
         for name, line in figures.student_lines(run.evaluation).items():
             entry = run.evaluation["students"].get(name, {})
             table = entry.get("domains")
-            key = ("before", _alike(table)) if name == BEFORE else ("student", name, run.label)
+            untrained = name == BEFORE
+            key = ("untrained", name, _alike(table)) if untrained else (STUDENT, name, run.label)
             add(run, key, line, entry, table)
     return list(found.values())
 
 
 def _alike(table: Mapping[str, Any] | None) -> str:
-    """Returns what two models have in common that are the same by all that was measured."""
-    return json.dumps({d: row.get("ce") for d, row in (table or {}).items() if "ce" in row})
+    """Returns what two models have in common that were measured alike, against the same target."""
+    losses = {d: (row.get("ce"), row.get("kd")) for d, row in (table or {}).items() if "ce" in row}
+    return json.dumps(losses)
 
 
 def _group(corpus: str, runs: Sequence[Run]) -> Group:
-    rows = _rows(runs)
+    rows = rows_of(runs)
     domains = list(dict.fromkeys(d for run in runs for d in figures.domains(run.evaluation)))
     names = [*(d for d in domains if d != OVERALL), *([OVERALL] if domains else [])]
     measured = [k for k in METRICS if any(k in r.table.get(OVERALL, {}) for r in rows)]
@@ -319,56 +301,3 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
         prefix = f"{key}." if key else ""
         return {k: v for name, one in inner.items() for k, v in _flat(one, prefix + name).items()}
     return {key: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
-
-
-# -- plots
-
-
-def _plots(runs: Sequence[Run]) -> dict[str, Any]:
-    """Returns the panels of each plot and its legend."""
-    lines: dict[str, Line] = {}
-    curves: dict[str, Any] = {}
-    for run in runs:
-        for name, mine in run.curves.items():
-            short, dash = _STUDENTS.get(name, (name, "dotted"))
-            key = f"{run.label}/{name}"
-            curves[key], lines[key] = mine, Line(f"{run.label} · {short}", run.colour, dash)
-    domains = list(dict.fromkeys(d for run in runs for d in run.evaluation["domains"]))
-    heldout = [OVERALL, *domains] if len(domains) > 1 else domains
-    rows = _rows(runs)
-    fused = [row for row in rows if row.line == ENSEMBLE]
-    level = _perplexities(fused[0], heldout) if len(fused) == 1 else {}
-    legend = list(lines.values())
-    return {
-        "losses": (plots.loss_panels(curves, lines), legend),
-        "heldout": (plots.heldout_panels(curves, lines, heldout, level),
-                    [*legend, ENSEMBLE] if level else legend),
-        "bars": (plots.bar_panels(_bars(runs, rows, heldout), heldout), []),
-    }  # fmt: skip
-
-
-def _bars(
-    runs: Sequence[Run], rows: Sequence[Row], domains: Sequence[str]
-) -> list[tuple[Line, dict[str, float]]]:
-    """Returns how each bar is shown and its length; not of untrained students, in their millions."""
-    colours, labels = {run.label: run.colour for run in runs}, {}
-    for run in runs:
-        for name, line in figures.student_lines(run.evaluation).items():
-            labels[line.label] = _STUDENTS.get(name, (name, ""))[0]
-    untrained = figures.STUDENTS[BEFORE].label
-    bars = []
-    for row in rows:
-        if row.line.label == untrained:
-            continue
-        line = row.line
-        if row.student:
-            line = Line(f"{row.runs[0]} · {labels[line.label]}", colours[row.runs[0]])
-        elif len(row.runs) < len(runs):
-            line = line._replace(label=f"{line.label} ({', '.join(row.runs)})")
-        bars.append((line, _perplexities(row, domains)))
-    return bars
-
-
-def _perplexities(row: Row, domains: Sequence[str]) -> dict[str, float]:
-    found = {d: (row.table.get(d) or {}).get("perplexity") for d in domains}
-    return {domain: value for domain, value in found.items() if value}

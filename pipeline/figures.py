@@ -106,9 +106,7 @@ def teacher_lines(evaluation: Evaluation) -> dict[str, Line]:
 
 def models(evaluation: Evaluation) -> list[tuple[Line, dict[str, Any]]]:
     """Returns every measured model and its results by domain, in the tables' order."""
-    found = [
-        (line, evaluation["teachers"].get(n)) for n, line in teacher_lines(evaluation).items()
-    ]
+    found = [(line, evaluation["teachers"].get(n)) for n, line in teacher_lines(evaluation).items()]
     found.append((ENSEMBLE, evaluation["fused"]))
     found += [(line, student(evaluation, n)) for n, line in student_lines(evaluation).items()]
     return [(line, table) for line, table in found if table]
@@ -255,7 +253,13 @@ def stages(evaluation: Evaluation) -> Table:
 def cache_row(name: str, cache: Mapping[str, Any]) -> list[str]:
     """Returns what a teacher's pass over the corpus took."""
     sizes = [count(cache["parameters"]), count(cache["tokens"]), count(cache["tokens_per_second"])]
-    return [f"cache: {name}", cache["device"] or NONE, *sizes, Cell(NONE), size(cache["peak_bytes"])]
+    return [
+        f"cache: {name}",
+        cache["device"] or NONE,
+        *sizes,
+        Cell(NONE),
+        size(cache["peak_bytes"]),
+    ]
 
 
 def training_row(label: str, usage: Mapping[str, Any], parameters: float | None) -> list[str]:

@@ -119,9 +119,7 @@ def _steps_taken(evaluation: Evaluation) -> str:
 
 def _comparison(evaluation: Evaluation) -> dict[str, Any]:
     """Returns overall perplexities of the students, and how far fused is above the baseline."""
-    found = {
-        s: figures.student(evaluation, s).get(OVERALL, {}).get("perplexity") for s in STUDENTS
-    }
+    found = {s: figures.student(evaluation, s).get(OVERALL, {}).get("perplexity") for s in STUDENTS}
     percent = None
     if found[FUSED] is not None and found[BASELINE]:
         percent = (found[FUSED] / found[BASELINE] - 1) * 100

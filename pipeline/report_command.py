@@ -92,7 +92,7 @@ def _report(folder: Path, out: Path | None) -> None:
 
 
 def _compare(folders: Sequence[Path], out: Path) -> None:
-    from pipeline.compare import write_comparison
+    from pipeline.compare_page import write_comparison
     from pipeline.console import Console
 
     files, comparison = write_comparison(folders, out)

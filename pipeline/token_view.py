@@ -162,11 +162,10 @@ def student_rows(
         wanted = hidden[torch.from_numpy(scored).to(device)]
         gold = batch.gold[: len(wanted)].to(device)
         head = Head.of(student.model, student.autocast)
-        for hidden_CD, gold_C in zip(
-            wanted.split(_ROWS_AT_ONCE), gold.split(_ROWS_AT_ONCE), strict=True
-        ):
-            logq_CP = head.logits(hidden_CD).log_softmax(-1)
-            ce = -logq_CP.gather(-1, gold_C[:, None])[:, 0]
+        for start in range(0, max(1, len(gold)), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            logq_CP = head.logits(wanted[rows]).log_softmax(-1)
+            ce = -logq_CP.gather(-1, gold[rows, None])[:, 0]
             entropy = -torch.special.xlogy(logq_CP.exp(), logq_CP.exp()).sum(-1)
             top = logq_CP[:, :vocab_size].topk(min(CANDIDATES, vocab_size))
             parts.append((entropy, ce, top.indices, top.values.exp()))

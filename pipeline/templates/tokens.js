@@ -47,16 +47,17 @@
 
     function colour() {
       const quantity = state.quantities[quantityChoice.value];
-      const most = quantity.most ?? largest(quantity.values);
+      const [low, high] = quantity.bounds ?? bounds(quantity.values);
       root.style.setProperty("--hue", `var(--${quantity.colour})`);
       state.spans.forEach((span, t) => {
         const value = t ? quantity.values[t - 1] : null;
+        const share = value === null ? 0 : (value - low) / (high - low);
         span.classList.toggle("none", value === null);
-        span.style.setProperty("--share", value === null ? 0 : Math.min(value / most, 1));
+        span.style.setProperty("--share", Math.min(Math.max(share, 0), 1));
       });
-      const [low, , high, unit] = scale.children;
-      low.textContent = "0";
-      high.textContent = quantity.most ? String(most) : `${most} or more`;
+      const [least, , most, unit] = scale.children;
+      least.textContent = low > 0 ? `${low} or less` : "0";
+      most.textContent = quantity.bounds ? String(high) : `${high} or more`;
       unit.textContent = quantity.unit;
     }
 
@@ -118,16 +119,16 @@
       }
     }
     const found = [];
-    const add = (group, unit, most, values) => {
+    const add = (group, unit, bounds, values) => {
       for (const [[label, hue], columns] of models) {
         const column = values(columns);
-        if (column) found.push({ group, unit, most, label, colour: hue, values: column });
+        if (column) found.push({ group, unit, bounds, label, colour: hue, values: column });
       }
     };
     add("entropy of the next token", "nats", null, (c) => c.entropy);
-    add("weight of a teacher", "share of the fused target", 1, (c) => c.weight);
+    add("weight of a teacher", "share of the fused target", [0, 1], (c) => c.weight);
     add("surprise at the token", "nats, −ln p(token)", null, (c) => c.ce);
-    add("probability of the token", "p(token)", 1, (c) =>
+    add("probability of the token", "p(token)", [0, 1], (c) =>
       c.ce.map((ce) => (ce === null ? null : Math.exp(-ce))),
     );
     return found;
@@ -147,11 +148,13 @@
     return groups.values();
   }
 
-  /** A round number that all but a twentieth of the values stay below. */
-  function largest(values) {
+  /** Round numbers that nine tenths of the values lie between. */
+  function bounds(values) {
     const known = values.filter((value) => value !== null).sort((a, b) => a - b);
-    const high = known.length ? known[Math.floor(known.length * 0.95)] : 1;
-    return Math.max(1, Math.ceil(high));
+    if (!known.length) return [0, 1];
+    const at = (share) => known[Math.floor((known.length - 1) * share)];
+    const low = Math.floor(at(0.05));
+    return [low, Math.max(low + 1, Math.ceil(at(0.95)))];
   }
 
   function token(piece, index) {
@@ -191,8 +194,8 @@
   function oneCard([label, colour], columns, t, gold, pieces) {
     const card = element("div", "", "card");
     card.style.setProperty("--hue", `var(--${colour})`);
-    const facts = [`entropy ${columns.entropy[t].toFixed(2)} nats`, `p(token) ${short(Math.exp(-columns.ce[t]))}`];
-    if (columns.weight) facts.unshift(`weight ${columns.weight[t].toFixed(2)}`);
+    const facts = [`p(token) ${short(Math.exp(-columns.ce[t]))}`, `entropy ${columns.entropy[t].toFixed(2)} nats`];
+    if (columns.weight) facts[0] += ` · weight ${columns.weight[t].toFixed(2)}`;
     const list = element("ol");
     columns.candidates[t].forEach((piece, i) => {
       const p = columns.p[t][i];
@@ -205,7 +208,7 @@
     const rest = element("li", "", "left");
     rest.append(element("span", "all others"), element("span", short(Math.max(left, 0))));
     list.append(rest);
-    card.append(element("h4", label), element("p", facts.join(" · "), "facts"), list);
+    card.append(element("h4", label), element("p", facts.join("\n"), "facts"), list);
     return card;
   }
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import figures
+from pipeline import report_tables
 from pipeline.cells import GENERATION, METRICS, Cell, Table, count
-from pipeline.figures import BASELINE, BEFORE, ENSEMBLE, FUSED
 from pipeline.plots import OVERALL, Line, perplexity
 from pipeline.report import training_curves
+from pipeline.report_tables import BASELINE, BEFORE, ENSEMBLE, FUSED
 from storage.errors import ConfigError
 
 _COLOURS: Final = ("fused", "baseline", "teacher-1", "teacher-2", "teacher-3", "teacher-4",
@@ -108,7 +108,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 todo="name each run once",
             )  # fmt: skip
         seen[folder.resolve()] = folder
-    evaluations = [figures.read_evaluation(folder) for folder in folders]
+    evaluations = [report_tables.read_evaluation(folder) for folder in folders]
     return [
         Run(label, folder, evaluation, training_curves(folder, evaluation), _COLOURS[i % 8])
         for i, (label, folder, evaluation) in enumerate(
@@ -120,7 +120,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def compare(runs: Sequence[Run]) -> Comparison:
     """Returns runs side by side."""
     groups = [_group(corpus, mine) for corpus, mine in by_corpus(runs).items()]
-    notes = [f"{r.label}: {note}" for r in runs if (note := figures.gold_note(r.evaluation))]
+    notes = [f"{r.label}: {note}" for r in runs if (note := report_tables.gold_note(r.evaluation))]
     return Comparison(groups, differences(runs), _verdict(runs), notes)
 
 
@@ -189,12 +189,13 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         caches = run.evaluation["fingerprints"]["caches"]
         for name, table in run.evaluation["teachers"].items():
             key = ("teacher", name, str(caches.get(name)))
-            add(run, key, Line(name, "muted"), table, table)
+            model = report_tables.teacher_model(run.evaluation, name)
+            add(run, key, Line(name, "muted"), model, table)
     for run in runs:
         fused = run.evaluation["fused"]
         add(run, ("ensemble", FUSED, _alike(fused)), ENSEMBLE, {}, fused)
     for run in runs:
-        for name, line in figures.student_lines(run.evaluation).items():
+        for name, line in report_tables.student_lines(run.evaluation).items():
             entry = run.evaluation["students"].get(name, {})
             table = entry.get("domains")
             untrained = name == BEFORE
@@ -211,7 +212,7 @@ def _alike(table: Mapping[str, Any] | None) -> str:
 
 def _group(corpus: str, runs: Sequence[Run]) -> Group:
     rows = rows_of(runs)
-    domains = list(dict.fromkeys(d for run in runs for d in figures.domains(run.evaluation)))
+    domains = list(dict.fromkeys(d for run in runs for d in report_tables.domains(run.evaluation)))
     names = [*(d for d in domains if d != OVERALL), *([OVERALL] if domains else [])]
     measured = [k for k in METRICS if any(k in r.table.get(OVERALL, {}) for r in rows)]
     more = [key for key in ("bits_per_byte", "kd", "accuracy") if key in measured]
@@ -261,16 +262,16 @@ def _costs(runs: Sequence[Run]) -> Table:
         fingerprints = run.evaluation["fingerprints"]["caches"]
         for name, cache in run.evaluation["cache"].items():
             key = (name, str(fingerprints.get(name)))
-            caches.setdefault(key, ([], figures.cache_row(name, cache)))[0].append(run.label)
+            caches.setdefault(key, ([], report_tables.cache_row(name, cache)))[0].append(run.label)
     rows = [
         [_shared(labels, len(runs)), *row[:3], Cell("–"), *row[3:]]
         for labels, row in caches.values()
     ]
     for run in runs:
-        for name, line in figures.student_lines(run.evaluation).items():
+        for name, line in report_tables.student_lines(run.evaluation).items():
             if usage := run.evaluation["training"].get(name):
                 parameters = run.evaluation["students"].get(name, {}).get("parameters")
-                row = figures.training_row(line.label, usage, parameters)
+                row = report_tables.training_row(line.label, usage, parameters)
                 rows.append([run.label, *row[:3], count(usage["steps"]), *row[3:]])
     headers = ["run", "stage", "device", "parameters", "steps", "tokens", "tokens/s", "time",
                "peak memory"]  # fmt: skip
@@ -279,13 +280,17 @@ def _costs(runs: Sequence[Run]) -> Table:
 
 def differences(runs: Sequence[Run]) -> Table:
     """Returns the keys of configuration and environment in which runs differ, a column a run."""
-    facts = []
+    configs, surroundings = [], []
     for run in runs:
-        own = {k: v for k, v in run.evaluation["config"].items() if k not in _OWN_TO_A_RUN}
-        around = {key: run.evaluation[key] for key in ("device", "threads")}
-        facts.append({**_flat(own), **_flat({"versions": run.evaluation["versions"], **around})})
-    keys = dict.fromkeys(key for one in facts for key in one)
-    rows = [[key, *(one.get(key, "–") for one in facts)] for key in keys]
+        config = {k: v for k, v in run.evaluation["config"].items() if k not in _OWN_TO_A_RUN}
+        configs.append(_flat(config))
+        around = {key: run.evaluation[key] for key in ("device", "threads", "versions")}
+        surroundings.append(_flat(around))
+    rows = [
+        [key, *(one.get(key, "–") for one in facts)]
+        for facts in (configs, surroundings)
+        for key in dict.fromkeys(key for one in facts for key in one)
+    ]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     return Table(["key", *(run.label for run in runs)], differing)
 

@@ -23,9 +23,9 @@ from pipeline.compare import (
     rows_of,
     short_name,
 )
-from pipeline.figures import ENSEMBLE
 from pipeline.page import render, write_files
 from pipeline.plots import OVERALL, Line
+from pipeline.report_tables import ENSEMBLE
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> tuple[dict[str, Path], Comparison]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.figures import read_metrics
+from pipeline.report import read_metrics
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.blocks import CorpusInfo
@@ -43,8 +43,7 @@ def evaluate(
             "parameters": sum(p.numel() for p in model.parameters()),
             "domains": heldout_losses(module, reader, heldout, work.config.evaluate.batch_blocks),
         }
-        if name != BEFORE:
-            tokens.add_student(name, module)
+        tokens.add_student(name, model)
         for prompt in prompts:
             prompt["continuations"][name] = continue_text(work, model, prompt["tokens"])
         work.progress.advance(1)

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import yaml
 
-from pipeline import figures, plots
+from pipeline import plots, report_tables
 from pipeline.cells import date
-from pipeline.figures import BASELINE, BEFORE, ENSEMBLE, FUSED, STUDENTS, Evaluation
 from pipeline.page import render, write_files
 from pipeline.plots import OVERALL, perplexity
+from pipeline.report_tables import BASELINE, BEFORE, ENSEMBLE, FUSED, STUDENTS, Evaluation
+from storage.errors import CorruptShard
 
 _SCRIPTS: Final = ("sort.js", "tokens.js")
 
@@ -51,7 +52,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Path]:
         IncompleteCache: the run has not been evaluated.
         CorruptShard: a file of the run is not the JSON that it should be.
     """
-    evaluation = figures.read_evaluation(run_dir)
+    evaluation = report_tables.read_evaluation(run_dir)
     curves = training_curves(run_dir, evaluation)
     view = _view(evaluation)
     head = {"summary": asdict(view["summary"]), "comparison": _comparison(evaluation)}
@@ -69,10 +70,22 @@ def training_curves(run_dir: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Returns student → curves (plots.training_curves), in the order of the tables."""
     found = {p.parent.name: p for p in run_dir.glob("students/*/metrics.jsonl")}
     return {
-        name: plots.training_curves(figures.read_metrics(found[name]))
-        for name in figures.student_lines(evaluation)
+        name: plots.training_curves(read_metrics(found[name]))
+        for name in report_tables.student_lines(evaluation)
         if name in found
     }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl; a last line that a crash has cut is left out."""
+    rows, lines = [], path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(report_tables.parse(line, f"{path}:{number}", "remove that line"))
+        except CorruptShard:
+            if number < len(lines):
+                raise
+    return rows
 
 
 # -- the summary
@@ -80,15 +93,15 @@ def training_curves(run_dir: Path, evaluation: Evaluation) -> dict[str, Any]:
 
 def summary(evaluation: Evaluation) -> Summary:
     """Returns the table of all models and a sentence on whether the fused teachers helped."""
-    table = figures.perplexities(evaluation)
-    note = figures.gold_note(evaluation)
+    table = report_tables.perplexities(evaluation)
+    note = report_tables.gold_note(evaluation)
     return Summary(table.headers, table.rows, _verdict(evaluation), note)
 
 
 def _verdict(evaluation: Evaluation) -> str:
     compared = _comparison(evaluation)
     fused, baseline = compared[FUSED], compared[BASELINE]
-    if not figures.models(evaluation):
+    if not report_tables.models(evaluation):
         return "There was no held-out data, so nothing was measured and nothing can be concluded."
     if fused is None:
         return "The student taught by the fused teachers was not evaluated."
@@ -119,7 +132,9 @@ def _steps_taken(evaluation: Evaluation) -> str:
 
 def _comparison(evaluation: Evaluation) -> dict[str, Any]:
     """Returns overall perplexities of the students, and how far fused is above the baseline."""
-    found = {s: figures.student(evaluation, s).get(OVERALL, {}).get("perplexity") for s in STUDENTS}
+    found = {
+        s: report_tables.student(evaluation, s).get(OVERALL, {}).get("perplexity") for s in STUDENTS
+    }
     percent = None
     if found[FUSED] is not None and found[BASELINE]:
         percent = (found[FUSED] / found[BASELINE] - 1) * 100
@@ -131,8 +146,13 @@ def _comparison(evaluation: Evaluation) -> dict[str, Any]:
 
 def _view(evaluation: Evaluation) -> dict[str, Any]:
     """Returns what both templates lay out."""
-    overall = evaluation["fused"].get(OVERALL) or figures.student(evaluation, FUSED).get(OVERALL)
-    teachers, students = figures.teacher_lines(evaluation), figures.student_lines(evaluation)
+    overall = evaluation["fused"].get(OVERALL) or report_tables.student(evaluation, FUSED).get(
+        OVERALL
+    )
+    teachers, students = (
+        report_tables.teacher_lines(evaluation),
+        report_tables.student_lines(evaluation),
+    )
     table = summary(evaluation)
     return {
         "run": evaluation,
@@ -143,14 +163,14 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "fused_label": STUDENTS[FUSED].label,
         "writers": {**teachers, **students},
         "intervals": any(getattr(c, "interval", "") for row in table.rows for c in row),
-        "overall": figures.overall(evaluation),
-        "metrics": figures.by_metric(evaluation),
-        "generation": figures.generation(evaluation),
-        "weights": figures.of_teachers(evaluation, "weight"),
-        "entropies": figures.of_teachers(evaluation, "entropy"),
-        "stages": figures.stages(evaluation),
-        "arrays": figures.arrays(evaluation),
-        "sources": figures.sources(evaluation),
+        "overall": report_tables.overall(evaluation),
+        "metrics": report_tables.by_metric(evaluation),
+        "generation": report_tables.generation(evaluation),
+        "weights": report_tables.of_teachers(evaluation, "weight"),
+        "entropies": report_tables.of_teachers(evaluation, "entropy"),
+        "stages": report_tables.stages(evaluation),
+        "arrays": report_tables.arrays(evaluation),
+        "sources": report_tables.sources(evaluation),
         "config": yaml.safe_dump(evaluation["config"], sort_keys=False, allow_unicode=True),
     }
 
@@ -161,25 +181,25 @@ def _island(evaluation: Evaluation) -> dict[str, Any] | None:
     if not tokens:
         return None
     lines = {
-        "teachers": figures.teacher_lines(evaluation),
+        "teachers": report_tables.teacher_lines(evaluation),
         "fused": ENSEMBLE,
-        "students": figures.student_lines(evaluation),
+        "students": report_tables.student_lines(evaluation),
     }
     return {**tokens, "lines": lines}
 
 
 def _plots(evaluation: Evaluation, curves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the panels of each plot and its legend."""
-    domains, teachers = evaluation["domains"], figures.teacher_lines(evaluation)
+    domains, teachers = evaluation["domains"], report_tables.teacher_lines(evaluation)
     heldout = [OVERALL, *domains] if len(domains) > 1 else domains
     measured = {
         line: {d: table[d]["perplexity"] for d in heldout if table.get(d, {}).get("perplexity")}
-        for line, table in figures.models(evaluation)
+        for line, table in report_tables.models(evaluation)
     }
     measured.pop(STUDENTS[BEFORE], None)  # millions: it is in the table, and would flatten the rest
     ensemble = measured.get(ENSEMBLE, {})
     weights = curves.get(FUSED, {}).get("weights", {})
-    lines = figures.student_lines(evaluation)
+    lines = report_tables.student_lines(evaluation)
     students = [lines[student] for student in curves]
     heldout_lines = [*students, ENSEMBLE] if ensemble else students
     return {

@@ -76,8 +76,8 @@ def run_folder(run: Path, overrides: Sequence[str]) -> Path:
 
 def _report(folder: Path, out: Path | None) -> None:
     from pipeline.console import Console
-    from pipeline.figures import read_evaluation
     from pipeline.report import summary, write_report
+    from pipeline.report_tables import read_evaluation
 
     files = write_report(folder, out)
     table = summary(read_evaluation(folder))

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.block_view import Vocabulary
+from pipeline.workspace import BEFORE, Workspace
 from stages.batches import Batch, BatchReader
 from stages.head import Head, run_decoder
 from storage.types import LOG_ZERO, AnyArray, Bool, Int64
-
-if TYPE_CHECKING:
-    from pipeline.workspace import Workspace
-    from stages.student import DistilledStudent
 
 CANDIDATES: Final = 5
 _ROWS_AT_ONCE: Final = 64  # of logits; memory, not meaning
@@ -64,15 +61,16 @@ class TokenView:
         heldout: block ids, int64.
         rows: of each passage, at most; 0 for no passages at all.
         vocabulary: of the corpus.
+        bf16: whether students run in bfloat16.
 
     Raises (on construction):
         MissingShard, CorruptShard, IncompleteCache
     """
 
     def __init__(
-        self, reader: BatchReader, heldout: Int64, rows: int, vocabulary: Vocabulary
+        self, reader: BatchReader, heldout: Int64, rows: int, vocabulary: Vocabulary, bf16: bool
     ) -> None:
-        self._reader, self._vocabulary = reader, vocabulary
+        self._reader, self._vocabulary, self._bf16 = reader, vocabulary, bf16
         self._pieces: dict[str, int] = {}
         info = reader.corpus.info
         self._passages: list[_Passage] = []
@@ -81,14 +79,12 @@ class TokenView:
             if len(mine):
                 self._passages.append(self._passage(mine[:1], rows))
 
-    def add_student(self, name: str, student: DistilledStudent) -> None:
-        """Runs a student over the passages, left in the mode it was in."""
-        training, vocab = student.training, self._reader.corpus.info.vocab_size
-        student.eval()
-        for passage in self._passages:
-            expected = student_rows(student, passage.batch, passage.scored, vocab)
+    def add_student(self, name: str, model: Any) -> None:
+        """Runs a student, a causal LM in evaluation mode, over the passages; not the untrained one."""
+        vocab = self._reader.corpus.info.vocab_size
+        for passage in self._passages if name != BEFORE else ():
+            expected = student_rows(model, self._bf16, passage.batch, passage.scored, vocab)
             passage.shown["students"][name] = self._columns(expected, passage.scored)
-        student.train(training)
 
     def as_json(self) -> dict[str, Any] | None:
         """Returns what was collected; None where there are no passages.
@@ -140,28 +136,29 @@ def token_view(work: Workspace, reader: BatchReader, heldout: Int64) -> TokenVie
 
     tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
     vocabulary = Vocabulary(tokenizer.backend_tokenizer)
-    return TokenView(reader, heldout, work.config.evaluate.token_rows, vocabulary)
+    bf16 = work.config.train.precision == "bf16"
+    return TokenView(reader, heldout, work.config.evaluate.token_rows, vocabulary, bf16)
 
 
-def student_rows(
-    student: DistilledStudent, batch: Batch, scored: Bool, vocab_size: int
-) -> Expected:
+def student_rows(model: Any, bf16: bool, batch: Batch, scored: Bool, vocab_size: int) -> Expected:
     """Returns what a student expects at the scored ones of a block's first rows.
 
     Args:
+        model: a causal LM.
+        bf16: whether forward and head run in bfloat16, as its losses are measured.
         batch: one block.
         scored: bool [n], of the first n rows.
         vocab_size: V; ids of padding are no candidates.
     """
-    device, n = next(student.parameters()).device, len(scored)
+    device, n = next(model.parameters()).device, len(scored)
     parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        with torch.autocast(device.type, torch.bfloat16, enabled=student.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             inputs, positions = (x[:, :n].to(device) for x in (batch.inputs, batch.positions))
-            hidden = run_decoder(student.model, inputs, positions, ())[0][0]
+            hidden = run_decoder(model, inputs, positions, ())[0][0]
         wanted = hidden[torch.from_numpy(scored).to(device)]
         gold = batch.gold[: len(wanted)].to(device)
-        head = Head.of(student.model, student.autocast)
+        head = Head.of(model, bf16)
         for start in range(0, max(1, len(gold)), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             logq_CP = head.logits(wanted[rows]).log_softmax(-1)

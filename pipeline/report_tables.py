@@ -59,18 +59,6 @@ def read_evaluation(run_dir: Path) -> dict[str, Any]:
     return evaluation
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl; a last line that a crash has cut is left out."""
-    rows, lines = [], path.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(parse(line, f"{path}:{number}", "remove that line"))
-        except CorruptShard:
-            if number < len(lines):
-                raise
-    return rows
-
-
 def parse(text: str, where: object, todo: str) -> dict[str, Any]:
     """Returns a JSON object; NaN and infinities, which JSON does not have, become None."""
     try:
@@ -89,6 +77,12 @@ def student(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """Returns a student's figures by domain; empty if it was not measured."""
     domains: dict[str, Any] = evaluation["students"].get(name, {}).get("domains", {})
     return domains
+
+
+def teacher_model(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """Returns what a teacher was loaded for: speed and scores of what it wrote; empty if it was not."""
+    model: dict[str, Any] = evaluation.get("teacher_models", {}).get(name, {})
+    return model
 
 
 def student_lines(evaluation: Evaluation) -> dict[str, Line]:
@@ -168,7 +162,7 @@ def _sizes(evaluation: Evaluation) -> dict[str, tuple[float | None, float | None
     teachers = {
         line.label: (
             evaluation["cache"].get(name, {}).get("parameters"),
-            evaluation["teachers"].get(name, {}).get("tokens_per_s"),
+            teacher_model(evaluation, name).get("tokens_per_s"),
         )
         for name, line in teacher_lines(evaluation).items()
     }
@@ -223,8 +217,11 @@ def generation(evaluation: Evaluation) -> dict[str, dict[str, Table]]:
 
 def _written(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """Returns label → domain → mode → scores, of the models whose writing was scored."""
-    teachers, students = evaluation["teachers"], evaluation["students"]
-    found = {line.label: teachers.get(n, {}) for n, line in teacher_lines(evaluation).items()}
+    students = evaluation["students"]
+    found = {
+        line.label: teacher_model(evaluation, name)
+        for name, line in teacher_lines(evaluation).items()
+    }
     found |= {line.label: students.get(n, {}) for n, line in student_lines(evaluation).items()}
     return {label: one["generation"] for label, one in found.items() if one.get("generation")}
 

@@ -72,13 +72,14 @@ class Metric:
         return f"{low}–{high}"
 
 
+# No line breaks in these labels but where they stand.
 METRICS: Final = {
     "perplexity": Metric("perplexity", None),
-    "bits_per_byte": Metric("bits\nper byte", 3),
-    "kd": Metric("KL to fused,\nnats/token", 3),
-    "accuracy": Metric("top-1\naccuracy, %", 1, 100),
-    "agreement": Metric("agrees with\nfused, %", 1, 100),
-    "ece": Metric("calibration\nerror, %", 1, 100),
+    "bits_per_byte": Metric("bits\nper\N{NO-BREAK SPACE}byte", 3),
+    "kd": Metric("KL\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}fused,\nnats/token", 3),
+    "accuracy": Metric("top-1\naccuracy,\N{NO-BREAK SPACE}%", 1, 100),
+    "agreement": Metric("agrees\N{NO-BREAK SPACE}with\nfused,\N{NO-BREAK SPACE}%", 1, 100),
+    "ece": Metric("calibration\nerror,\N{NO-BREAK SPACE}%", 1, 100),
 }
 GENERATION: Final = {
     "bleu": Metric("BLEU", 1),

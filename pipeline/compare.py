@@ -166,9 +166,11 @@ def _verdict(runs: Sequence[Run]) -> str:
     return f"{text}.{unequal}"
 
 
-def short_name(row: Row) -> str:
-    """Returns a student's name as legends have it."""
-    return f"{row.runs[0]} · {SHORT.get(row.name, (row.name, ''))[0]}"
+def short_name(row: Row, longest: int | None = None) -> str:
+    """Returns a student's name as legends have it; the run's is cut where it gets too long."""
+    run, student = row.runs[0], SHORT.get(row.name, (row.name, ""))[0]
+    room = len(run) if longest is None else max(4, longest - len(student) - 3)
+    return f"{run if len(run) <= room else run[: room - 1] + '…'} · {student}"
 
 
 # -- tables

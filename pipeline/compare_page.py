@@ -24,7 +24,7 @@ from pipeline.compare import (
     short_name,
 )
 from pipeline.page import render, write_files
-from pipeline.plots import OVERALL, Line
+from pipeline.plots import LABEL, OVERALL, Line
 from pipeline.report_tables import ENSEMBLE
 
 
@@ -92,7 +92,7 @@ def _bars(
             continue
         line = row.line
         if row.kind == STUDENT:
-            line = Line(short_name(row), colours[row.runs[0]])
+            line = Line(short_name(row, LABEL), colours[row.runs[0]])
         elif len(row.runs) < len(runs):
             line = line._replace(label=f"{line.label} ({', '.join(row.runs)})")
         bars.append((line, _perplexities(row, domains)))

@@ -36,6 +36,8 @@ VARIABLES: Final = (
 )  # fmt: skip
 MOST_POINTS: Final = 400
 WIDTH: Final = 420.0
+LABEL: Final = 28
+"""Characters of a bar's label."""
 
 
 class Line(NamedTuple):
@@ -237,7 +239,9 @@ def bar_panels(
                     perplexity(true), (values[i], i), (4, 0), textcoords="offset points",
                     va="center", color=_ink("ink"), fontsize=9.5, annotation_clip=False,
                 )  # fmt: skip
-            labels = [b.label if len(b.label) <= 28 else f"{b.label[:27]}…" for b, _ in bars]
+            labels = [
+                b.label if len(b.label) <= LABEL else f"{b.label[: LABEL - 1]}…" for b, _ in bars
+            ]
             axes.set_yticks(range(len(bars)), labels)
             axes.invert_yaxis()
             axes.tick_params(axis="y", length=0, labelcolor=_ink("ink"))

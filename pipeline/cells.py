@@ -84,7 +84,7 @@ METRICS: Final = {
 GENERATION: Final = {
     "bleu": Metric("BLEU", 1),
     "chrf": Metric("chrF", 1),
-    "rouge_l": Metric("ROUGE-L", 1, 100),
+    "rouge_l": Metric("ROUGE\N{NON-BREAKING HYPHEN}L", 1, 100),
     "distinct_1": Metric("distinct-1", 3),
     "distinct_2": Metric("distinct-2", 3),
 }

@@ -47,7 +47,7 @@
 
     function colour() {
       const quantity = state.quantities[quantityChoice.value];
-      const [low, high] = quantity.bounds ?? bounds(quantity.values);
+      const [low, high] = quantity.bounds ?? bounds(quantity.values, quantity.step);
       root.style.setProperty("--hue", `var(--${quantity.colour})`);
       state.spans.forEach((span, t) => {
         const value = t ? quantity.values[t - 1] : null;
@@ -56,8 +56,8 @@
         span.style.setProperty("--share", Math.min(Math.max(share, 0), 1));
       });
       const [least, , most, unit] = scale.children;
-      least.textContent = low > 0 ? `${low} or less` : "0";
-      most.textContent = quantity.bounds ? String(high) : `${high} or more`;
+      least.textContent = low > 0 ? `${low.toFixed(digits(quantity))} or less` : "0";
+      most.textContent = quantity.bounds ? String(high) : `${high.toFixed(digits(quantity))} or more`;
       unit.textContent = quantity.unit;
     }
 
@@ -119,16 +119,16 @@
       }
     }
     const found = [];
-    const add = (group, unit, bounds, values) => {
+    const add = (group, unit, step, bounds, values) => {
       for (const [[label, hue], columns] of models) {
         const column = values(columns);
-        if (column) found.push({ group, unit, bounds, label, colour: hue, values: column });
+        if (column) found.push({ group, unit, step, bounds, label, colour: hue, values: column });
       }
     };
-    add("entropy of the next token", "nats", null, (c) => c.entropy);
-    add("weight of a teacher", "share of the fused target", [0, 1], (c) => c.weight);
-    add("surprise at the token", "nats, −ln p(token)", null, (c) => c.ce);
-    add("probability of the token", "p(token)", [0, 1], (c) =>
+    add("entropy of the next token", "nats", 1, null, (c) => c.entropy);
+    add("weight of a teacher", "share of the fused target", 0.1, null, (c) => c.weight);
+    add("surprise at the token", "nats, −ln p(token)", 1, null, (c) => c.ce);
+    add("probability of the token", "p(token)", 0.1, [0, 1], (c) =>
       c.ce.map((ce) => (ce === null ? null : Math.exp(-ce))),
     );
     return found;
@@ -148,13 +148,17 @@
     return groups.values();
   }
 
-  /** Round numbers that nine tenths of the values lie between. */
-  function bounds(values) {
+  /** Multiples of `step` that nine tenths of the values lie between. */
+  function bounds(values, step) {
     const known = values.filter((value) => value !== null).sort((a, b) => a - b);
-    if (!known.length) return [0, 1];
-    const at = (share) => known[Math.floor((known.length - 1) * share)];
+    if (!known.length) return [0, step];
+    const at = (share) => known[Math.floor((known.length - 1) * share)] / step;
     const low = Math.floor(at(0.05));
-    return [low, Math.max(low + 1, Math.ceil(at(0.95)))];
+    return [low * step, Math.max(low + 1, Math.ceil(at(0.95))) * step];
+  }
+
+  function digits(quantity) {
+    return quantity.step < 1 ? 1 : 0;
   }
 
   function token(piece, index) {

@@ -382,5 +382,6 @@ class EvaluateOptions(Options):
     prompt_tokens: Count = Field(48, description="Held-out tokens a sample continues.")
     new_tokens: Count = Field(64, description="Tokens of a continuation.")
     token_rows: Annotated[int, Field(ge=0)] = Field(
-        192, description="Rows of a held-out block that the report shows token by token; per domain."
+        192,
+        description="Rows of a held-out block that the report shows token by token; per domain.",
     )

@@ -180,12 +180,16 @@ def _island(evaluation: Evaluation) -> dict[str, Any] | None:
     tokens = evaluation.get("tokens")
     if not tokens:
         return None
-    lines = {
+    lines: dict[str, Any] = {
         "teachers": report_tables.teacher_lines(evaluation),
         "fused": ENSEMBLE,
         "students": report_tables.student_lines(evaluation),
     }
-    return {**tokens, "lines": lines}
+    passages = [
+        {**one, "students": {n: one["students"][n] for n in lines["students"] if n in one["students"]}}
+        for one in tokens["passages"]
+    ]  # fmt: skip
+    return {**tokens, "passages": passages, "lines": lines}
 
 
 def _plots(evaluation: Evaluation, curves: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,22 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Vocabulary:
-    """Token ids as text. Needs the folder's tokenizer.json alone, not transformers.
+    """Token ids as text.
 
-    Raises (on construction):
-        ConfigError: there is none.
+    Args:
+        tokenizer: a tokenizers.Tokenizer; transformers is not needed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def read(cls, folder: Path) -> Vocabulary:
+        """Returns the vocabulary of a folder's tokenizer.json.
+
+        Raises:
+            ConfigError: there is none.
+        """
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
@@ -34,17 +44,41 @@ class Vocabulary:
                 "there is no tokenizer", where=path,
                 todo="name the folder of the tokenizer that the corpus was prepared with",
             )  # fmt: skip
-        self._tokenizer = Tokenizer.from_file(str(path))
+        return cls(Tokenizer.from_file(str(path)))
 
     def text(self, token: int) -> str:
-        """Returns a token's text; a piece of a character as the vocabulary writes it."""
+        """Returns a token's text; bytes that are no whole character as ⟨E2⟩."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return f"#{token}"
         if "▁" in piece:  # decoding one such token alone would lose its space
             return str(piece).replace("▁", " ")
         text = str(self._tokenizer.decode([token], skip_special_tokens=False))
-        return text if text and _UNKNOWN not in text else f"«{piece}»"
+        return text if text and _UNKNOWN not in text else _bytes_of(str(piece))
+
+
+def _bytes_of(piece: str) -> str:
+    """Returns a token that is no text as what text it holds, its other bytes in hexadecimal."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):  # SentencePiece's byte fallback
+        return f"⟨{piece[3:5]}⟩"
+    if not piece or not all(c in _BYTES for c in piece):
+        return f"«{piece}»"
+    raw = bytes(_BYTES[c] for c in piece)
+    text = raw.decode("utf-8", errors="surrogateescape")
+    return "".join(f"⟨{ord(c) - 0xDC00:02X}⟩" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Returns the characters that stand for bytes in a byte-level vocabulary (GPT-2's).
+
+    Printable bytes stand for themselves, the others for U+0100 and onwards, in order.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class BlockView:

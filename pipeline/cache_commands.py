@@ -287,5 +287,5 @@ def _block_view(
     return BlockView(
         readers,
         BlockReader(corpus) if corpus else None,
-        Vocabulary(tokenizer) if tokenizer else None,
+        Vocabulary.read(tokenizer) if tokenizer else None,
     )

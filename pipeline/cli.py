@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
+from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
 from storage.errors import ScholiastError, Stopped
 
@@ -139,7 +140,8 @@ def main() -> None:
     cache-teachers  each teacher once over the blocks → sparse notes on disk
     append          more sources or teachers, without touching what is there
     train-student   the student on the teachers' fused notes
-    evaluate        held-out figures; report: HTML, Markdown and JSON of them
+    evaluate        held-out figures
+    report          HTML, Markdown and JSON of them; of several runs: a comparison
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds
 
@@ -303,28 +305,6 @@ def evaluate(
 
 
 @main.command()
-@run_options
-def report(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
-    """Write the report of an evaluated run (HTML with plots, Markdown, JSON).
-
-    \b
-    Example: scholiast report my.yaml
-    """
-    from pipeline.report import summary, write_report
-
-    work, console = open_workspace(config, overrides, quiet)
-    files = write_report(work.config.run)
-    evaluation = json_module.loads((work.config.run / "evaluation.json").read_text())
-    table = summary(evaluation)
-    console.table(table.headers, table.rows)
-    click.echo(f"\n{table.verdict}\n")
-    for kind, path in files.items():
-        click.echo(f"report ({kind}):  {path}")
-    for path in sorted((work.config.run / "students").glob("*/model")):
-        click.echo(f"student:        {path}")
-
-
-@main.command()
 @click.option("--prompt", "-p", help="Text to continue; read from standard input if not given.")
 @click.option("--student", default="fused", show_default=True, help="Which trained student.")
 @click.option("--new-tokens", default=80, show_default=True, type=click.IntRange(1))
@@ -434,7 +414,7 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
     )
 
 
-for _command in (verify, repair, inspect, reproduce):
+for _command in (report, verify, repair, inspect, reproduce):
     main.add_command(_command)
 
 

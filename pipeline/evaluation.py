@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.report import read_metrics
+from pipeline.token_view import token_view
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.blocks import CorpusInfo
@@ -71,9 +72,11 @@ def evaluate(
     work.progress.start("evaluate", len(runs) + 1 + len(models) + len(teachers), "model")
     cached = cached_figures(work, reader, info, prompts)
     students: dict[str, Any] = {}
+    tokens = token_view(work, reader, info.block_ids("heldout"))
     for name, model in _students(work, runs, models, device, jobs):
         students[name], written = _figures(work, model, reader, info, prompts)
         _show(prompts, name, written)
+        tokens.add_student(name, model)
         del model
         work.progress.advance(1)
     loaded = {job.name: _teacher(work, job, reader, info, prompts, device) for job in teachers}
@@ -90,6 +93,7 @@ def evaluate(
         "teacher_models": loaded,
         "students": {name: students[name] for name in (BEFORE, *runs, *models)},
         "samples": list(prompts.shown.values()),
+        "tokens": tokens.as_json(),
         "cache": work.cache_costs(jobs),
         "training": {name: training_cost(run, str(device)) for name, run in runs.items()},
     }  # fmt: skip

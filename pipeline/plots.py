@@ -32,16 +32,23 @@ TERMS: Final = {
 VARIABLES: Final = (
     "ink", "muted", "rule", "before", "fused", "baseline", "ensemble",
     "teacher-1", "teacher-2", "teacher-3", "teacher-4", "teacher-5", "teacher-6",
+    "student-1", "student-2", "student-3",
 )  # fmt: skip
 MOST_POINTS: Final = 400
 WIDTH: Final = 420.0
+LABEL: Final = 28
+"""Characters of a bar's label."""
 
 
 class Line(NamedTuple):
-    """One thing of a legend: its name and the CSS variable of its colour."""
+    """One thing of a legend: its name, the CSS variable of its colour, and how it is drawn.
+
+    `dash` is solid, dashed or dotted: words that matplotlib and CSS share.
+    """
 
     label: str
     colour: str
+    dash: str = "solid"
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,9 @@ def bar_panels(
                     perplexity(true), (values[i], i), (4, 0), textcoords="offset points",
                     va="center", color=_ink("ink"), fontsize=9.5, annotation_clip=False,
                 )  # fmt: skip
-            labels = [b.label if len(b.label) <= 28 else f"{b.label[:27]}…" for b, _ in bars]
+            labels = [
+                b.label if len(b.label) <= LABEL else f"{b.label[: LABEL - 1]}…" for b, _ in bars
+            ]
             axes.set_yticks(range(len(bars)), labels)
             axes.invert_yaxis()
             axes.tick_params(axis="y", length=0, labelcolor=_ink("ink"))
@@ -309,13 +318,17 @@ def _inline(svg: str) -> str:
 
 def _faint_and_strong(axes: Any, values: Curve, line: Line) -> None:
     steps = values["step"]
-    axes.plot(steps, values["value"], color=_ink(line.colour), alpha=0.28, linewidth=0.8)
+    faint = {"alpha": 0.28, "linewidth": 0.8, "linestyle": line.dash}
+    axes.plot(steps, values["value"], color=_ink(line.colour), **faint)
     _strong(axes, steps, values["smoothed"], line, len(steps) == 1)
 
 
 def _strong(axes: Any, x: list[float], y: list[float], line: Line, dots: bool) -> None:
     marker = "o" if dots else None
-    axes.plot(x, y, color=_ink(line.colour), linewidth=1.6, marker=marker, markersize=3.2)
+    axes.plot(
+        x, y, color=_ink(line.colour), linewidth=1.6, linestyle=line.dash, marker=marker,
+        markersize=3.2,
+    )  # fmt: skip
 
 
 def _steps(axes: Any, ylabel: str) -> None:

@@ -510,3 +510,7 @@ class EvaluateOptions(Options):
         1000, description="Bootstrap resamples behind each 95 % interval; 0: no intervals."
     )
     seed: int = Field(0, ge=0, description="Of sampled continuations and resamples.")
+    token_rows: Annotated[int, Field(ge=0)] = Field(
+        192,
+        description="Rows of a held-out block that the report shows token by token; per domain.",
+    )

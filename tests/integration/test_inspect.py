@@ -71,7 +71,7 @@ def test_facts_are_those_of_the_files(made: Lab, cli: Cli) -> None:
 def test_rows_are_those_of_the_block(made: Lab, cli: Cli) -> None:
     shown = told(cli, made.write(), "--block", 4, "--rows", "5:30", "--top", 3)["block"]
     corpus = BlockReader(made.root / "run/corpus")
-    blocks, vocabulary = corpus.read([4]), Vocabulary(made.root / "a")
+    blocks, vocabulary = corpus.read([4]), Vocabulary.read(made.root / "a")
     assert [row["row"] for row in shown["rows"]] == list(range(5, 30))
     assert {"domain": shown["domain"], "split": shown["split"]} == {"domain": "x", "split": "train"}
     for row in shown["rows"]:

@@ -19,6 +19,9 @@ def test_from_nothing_to_report(lab: Lab, cli: Callable[..., Any]) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert set(evaluation["teachers"]) == {"one", "two"}
     assert set(evaluation["students"]) == {"before", "fused", "cross_entropy"}
+    [passage] = evaluation["tokens"]["passages"]
+    assert set(passage["teachers"]) == {"one", "two"}
+    assert set(passage["students"]) == {"fused", "cross_entropy"}
     assert (run / "report" / "report.html").stat().st_size > 10_000
     assert "fused" in (run / "report" / "report.md").read_text()
     states = json.loads(cli("status", config, "--json").output)

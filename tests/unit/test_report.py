@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from base64 import b64encode
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,13 +14,22 @@ from typing import Any
 
 import pytest
 
-from pipeline import plots
+from pipeline import plots, report
 from pipeline.plots import Line
 from pipeline.report import summary, write_report
 from storage.errors import CorruptShard, IncompleteCache
 
+TEMPLATES = Path(report.__file__).parent / "templates"
 EVIL = "<script>alert(1)</script>"
 COLUMNS = 3  # model, KL and accuracy stand beside the domains
+HOSTILE = [
+    "</script><img src=x onerror=alert(1)>",
+    "\u2028<!--",
+    "\ud800",
+    "\u202eevil",
+    "⟨E2⟩",
+    EVIL,
+]
 
 
 def row(ce: float, **more: float) -> dict[str, float]:
@@ -76,6 +87,42 @@ def evaluation(
     }  # fmt: skip
 
 
+def complete(measured: dict[str, Any]) -> dict[str, Any]:
+    """Adds what newer evaluations measure: intervals, calibration, what was written, single tokens."""
+    tables = [*measured["teachers"].values(), measured["fused"]]
+    tables += [student["domains"] for student in measured["students"].values()]
+    for table in tables:
+        for one in table.values():
+            one |= {"bits_per_byte": 0.987, "ece": 0.0543, "agreement": 0.654}
+            one["intervals"] = {"perplexity": [one["perplexity"] * 0.9, one["perplexity"] * 1.1],
+                                "ece": [0.0498, 0.0587]}  # fmt: skip
+    scores = {"bleu": 12.34, "chrf": 23.45, "rouge_l": 0.3456, "distinct_1": 0.456,
+              "distinct_2": 0.789, "intervals": {"bleu": [11.1, 13.9]}}  # fmt: skip
+    written = {d: {"greedy": scores, "sampled": scores} for d in [*measured["domains"], "overall"]}
+    loaded = {"parameters": 1, "generation": written, "tokens_per_s": 4321.0}
+    measured["teacher_models"] = dict.fromkeys(measured["teachers"], loaded)
+    measured["students"]["fused"] |= {"generation": written, "tokens_per_s": 8765.0}
+    extra = {"parameters": 7_654_321, "domains": measured["students"]["fused"]["domains"]}
+    measured["students"]["other"] = extra
+    for sample in measured["samples"]:
+        sample["continuations"] |= {name: f"{name} writes" for name in measured["teachers"]}
+    measured["tokens"] = tokens(measured)
+    return measured
+
+
+def tokens(measured: dict[str, Any]) -> dict[str, Any]:
+    """Returns a view of a few tokens with hostile texts; the second row has no target."""
+    columns = {"entropy": [2.5, None, 0.5], "ce": [1.25, None, 0.125],
+               "candidates": [[0, 1], None, [2]], "p": [[0.5, 0.25], None, [0.75]]}  # fmt: skip
+    taught = {**columns, "weight": [0.5, None, 0.5]}
+    passage = {
+        "domain": measured["domains"][0], "block": 7, "text": [0, 1, 2, 3], "fused": columns,
+        "teachers": dict.fromkeys(measured["teachers"], taught),
+        "students": {"fused": columns, "other": columns},
+    }  # fmt: skip
+    return {"pieces": HOSTILE, "passages": [passage]}
+
+
 def write_run(folder: Path, measured: dict[str, Any], tail: str = '{"step": 4') -> Path:
     """Puts a run on disk; its metrics end in `tail`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,21 +153,28 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+        else:
+            self.text += data
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The three files of a run whose names and texts are hostile, as text."""
-    measured = evaluation(teachers=("generalist", f"{EVIL}$x$"), domains=("a|b", EVIL))
+    measured = complete(evaluation(teachers=("generalist", f"{EVIL}$x$"), domains=("a|b", EVIL)))
+    measured["config"]["fusion"] = {"weights": "min_ce"}
     paths = write_report(write_run(tmp_path_factory.mktemp("run"), measured))
     assert {p.name for p in paths.values()} == {"report.html", "report.md", "report.json"}
     assert {p.name for p in paths["md"].parent.iterdir()} == {p.name for p in paths.values()}
@@ -129,6 +183,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_json_holds_every_figure_unrounded(written: dict[str, str]) -> None:
     figures, measured = json.loads(written["json"]), evaluation()
+    assert figures["tokens"]["pieces"] == HOSTILE
     assert figures["students"]["fused"]["domains"]["overall"]["perplexity"] == math.exp(3.0)
     assert figures["cache"]["generalist"] == measured["cache"]["generalist"]
     assert figures["comparison"]["difference_percent"] == pytest.approx((math.exp(-0.2) - 1) * 100)
@@ -145,7 +200,9 @@ def test_json_holds_every_figure_unrounded(written: dict[str, str]) -> None:
         "20.09", "24.53", "4.7e6", "1.234", "31.4", "10.75", "12.18", "0.50", "2.12",
         "326.35", "128.25", "13.5 MB", "2.35 GB", "22.3", "31 min", "134,515,008", "41,234",
         "18.1 per cent lower", "after 40 steps each", "torch", "23 November 2026, 21:00 UTC",
-        "temperature: 1.5", "cross_entropy goes on",
+        "temperature: 1.5", "cross_entropy goes on", "generalist writes", "student other",
+        "0.987", "5.4", "65.4", "12.3", "23.4", "34.6", "0.456", "0.789", "4,321", "8,765",
+        "7,654,321",
     ],
 )  # fmt: skip
 def test_text_shows_the_numbers(written: dict[str, str], kind: str, shown: str) -> None:
@@ -154,7 +211,7 @@ def test_text_shows_the_numbers(written: dict[str, str], kind: str, shown: str) 
 
 def test_html_escapes_what_comes_from_data_and_asks_for_nothing(written: dict[str, str]) -> None:
     page = Page(written["html"])
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"link", "img", "iframe"} & set(page.tags)
     assert page.text.count(EVIL) >= 10  # tables, legends, samples, configuration, drawings
     links = [value for name, value in page.attributes if name in {"src", "href", "xlink:href"}]
     assert links and all(value and value.startswith("#") for value in links)
@@ -162,6 +219,73 @@ def test_html_escapes_what_comes_from_data_and_asks_for_nothing(written: dict[st
     assert "prefers-color-scheme: dark" in written["html"] and "#fe00" not in written["html"]
     assert ("title", "c0ffee" * 10) in page.attributes
     assert "\n\n  indented" in written["html"]  # the parser drops the first newline of a <pre>
+
+
+def test_scripts_are_ours_alone_and_data_for_them_is_as_it_was(written: dict[str, str]) -> None:
+    page = Page(written["html"])
+    island, *code = page.scripts
+    shipped = [(TEMPLATES / name).read_text() for name in ("sort.js", "tokens.js")]
+    assert code == shipped
+    hashes = [b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in shipped]
+    allowed = f"script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'"
+    policies = [value for name, value in page.attributes if name == "content" and value]
+    assert any(policy.endswith(allowed) for policy in policies)
+    data = json.loads(island)
+    assert not set("<>&\u2028") & set(island)
+    assert data["pieces"] == HOSTILE
+    assert data["lines"]["teachers"]["generalist"] == ["generalist", "teacher-1", "solid"]
+    assert data["lines"]["students"]["other"][0] == "student other"
+
+
+def test_cells_sort_by_the_numbers_behind_them(written: dict[str, str]) -> None:
+    values = {value for name, value in Page(written["html"]).attributes if name == "data-value"}
+    expected = [math.exp(15.363), 134_515_008.0, 13_456_789.0, 1834.2, 0.3141, 0.3456]
+    assert {repr(value) for value in expected} <= values
+    assert not any("," in (value or ",") for value in values)
+
+
+def test_intervals_stand_beside_their_values(written: dict[str, str]) -> None:
+    low, high = (math.exp(3.0) * factor for factor in (0.9, 1.1))
+    assert (
+        f'<td data-value="{math.exp(3.0)!r}">20.09<small>{low:.2f}–{high:.2f}</small>'
+        in (written["html"])
+    )
+    assert "<small>5.0–5.9</small>" in written["html"]
+    assert "<small>11.1–13.9</small>" in written["html"]
+
+
+@pytest.mark.parametrize("weights", ["confidence", "min_ce", "em"])
+def test_weights_that_look_at_the_gold_token_are_told_of(
+    written: dict[str, str], weights: str
+) -> None:
+    measured = evaluation()
+    measured["config"]["fusion"] = {"weights": weights}
+    assert f"{weights}: these weights look at the gold token" in summary(measured).note
+    assert "min_ce: these weights look at the gold token" in Page(written["html"]).text
+    assert "min_ce: these weights look at the gold token" in written["md"]
+    measured["config"]["fusion"] = {"weights": "entropy"}
+    assert summary(measured).note == ""
+
+
+def test_summary_fits_a_terminal() -> None:
+    from rich.cells import cell_len
+
+    table = summary(complete(evaluation(["generalist"], ["reference", "code", "bible"])))
+    lines = [header.split("\n") for header in table.headers]
+    widths = [
+        max(cell_len(text) for text in [*lines[i], *(row[i] for row in table.rows)])
+        for i in range(len(lines))
+    ]
+    assert sum(widths) + 2 * (len(widths) - 1) <= 120
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(CorruptShard, match="not an evaluation"):
+        write_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text("[]")
+    with pytest.raises(CorruptShard, match="not a JSON object"):
+        write_report(tmp_path)
 
 
 def test_ids_in_the_page_are_unique(written: dict[str, str]) -> None:
@@ -182,7 +306,7 @@ def test_markdown_has_markup_of_data_only_in_fences(written: dict[str, str]) -> 
     assert "````text" in lines  # longer than the backticks in the prompt
     assert "a\\|b" in written["md"] and "&lt;script" in written["md"]
     head = next(line for line in outside if line.startswith("| model"))
-    assert head.replace("\\|", "").count("|") == 2 + COLUMNS + 2  # two domains, overall
+    assert head.replace("\\|", "").count("|") == 2 + COLUMNS + 3  # two domains, overall, bytes
 
 
 @pytest.mark.parametrize(("domains", "teachers"), [(1, 1), (10, 6)])

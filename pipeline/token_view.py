@@ -132,10 +132,7 @@ class TokenView:
 
 def token_view(work: Workspace, reader: BatchReader, heldout: Int64) -> TokenView:
     """Returns the view of a run's held-out blocks, of the teachers so far."""
-    from stages.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(work._tokenizer_folder(), "corpus.tokenizer")
-    vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+    vocabulary = Vocabulary(work.tokenizer().backend_tokenizer)
     bf16 = work.config.train.precision == "bf16"
     return TokenView(reader, heldout, work.config.evaluate.token_rows, vocabulary, bf16)
 
@@ -172,11 +169,14 @@ def student_rows(model: Any, bf16: bool, batch: Batch, scored: Bool, vocab_size:
 def _teacher_rows(
     reader: BatchReader, block: Int64, batch: Batch, scored: Bool
 ) -> tuple[dict[str, Expected], Expected | None]:
-    """Returns each teacher's distributions, and the fused one's, at temperature 1."""
+    """Returns each teacher's distributions, and the fused one's, at temperature 1.
+
+    Of geometric mixing there is no fused one: heads do not tell it.
+    """
     if batch.target is None:
         return {}, None
     n, count = len(scored), int(scored.sum())
-    weights_MR = batch.target.weights[:, :count].double().numpy()
+    weights_MR = batch.target.teacher_weights[:, :count].double().numpy()
     teachers, heads = {}, []
     for (name, cache), weight_R in zip(reader.caches.items(), weights_MR, strict=True):
         notes = cache.read(block)
@@ -188,7 +188,8 @@ def _teacher_rows(
         top_ids, top_p = (np.take_along_axis(x, order, -1) for x in (ids_RK, p_RK))
         teachers[name] = Expected(entropy, -gold, top_ids, top_p, weight_R)
         heads.append((ids_RK, p_RK))
-    return teachers, _fused_rows(teachers, heads)
+    geometric = batch.target.spent is not None
+    return teachers, None if geometric else _fused_rows(teachers, heads)
 
 
 def _fused_rows(

@@ -28,7 +28,8 @@ from torch import Tensor
 from stages.divergences import Divergence
 from stages.union import UnionTarget
 
-_TINY = 1e-30  # floor of a bucket's mass: keeps log and ratio finite in float32
+_TINY = 1e-30  # of a bucket's mass: below it log and ratio are taken from the logits (`_by_logs`)
+_FAR_ROWS = 32  # of these at once; memory, not meaning
 _LEAST = -1e30  # floor of a log-probability, so that 0 times it is 0
 
 
@@ -116,16 +117,21 @@ def _distil(
         z = z + e[:, vocab:].sum(-1, keepdim=True)
     logq = soft.log_q(ids, z).clamp_min_(_LEAST)
     form = _per_teacher if divergence.per_teacher else _mixture
-    kd, own, outside = form(kept / z, logq, rest / z, target, divergence, a, b)
+    kd, own, outside, far = form(kept / z, logq, rest / z, target, divergence, a, b)
     if wanted:
         e[:, :vocab].mul_(outside / z)
         e[:, vocab:].mul_((a + b) / z)  # forward KL alone comes here with padding
         # Repeats of the first id are written with the first id's value: the order does not matter.
         e.scatter_(-1, ids, torch.where(target.kept, own, own[:, :1]))
+    if far is not None:
+        for rows in far.nonzero()[:, 0].split(_FAR_ROWS):
+            kd[rows], gradient = _by_logs(soft.logits[rows], target.at(rows), a, b)
+            if wanted:
+                e[rows] = gradient
     return kd
 
 
-_Form = tuple[Tensor, Tensor, Tensor]
+_Form = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _per_teacher(
@@ -135,15 +141,38 @@ def _per_teacher(
     """Forward KL to each teacher; q is 0 at repeats.
 
     Returns:
-        kd [C]; the gradient of the union's ids [C, U]; what multiplies q_j of the other ids [C, 1].
+        kd [C]; the gradient of the union's ids [C, U]; what multiplies q_j of the other ids [C, 1];
+        bool [C], rows whose student has too little in some bucket for these to be exact.
     """
     # Teacher m's bucket: what no teacher kept, and what others did: sums of positive terms only.
     bucket = rest[:, 0] + (q * target.absent).sum(-1)
+    far = ((bucket < _TINY) & (target.tail > 0)).any(0)
     bucket = bucket.clamp_min(_TINY)  # [M, C]
     kd = target.known - (target.p * logq).sum(-1) - (target.tail * bucket.log()).sum(0)
     ratio = target.tail / bucket  # w_m·t_m/q_tm
     own = q * (a + b * (1.0 - (ratio[..., None] * target.absent).sum(0))) - b * target.p
-    return kd, own, (a + b * (1.0 - ratio.sum(0)))[:, None]
+    return kd, own, (a + b * (1.0 - ratio.sum(0)))[:, None], far
+
+
+def _by_logs(logits_CP: Tensor, target: UnionTarget, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Forward KL and a·q + b·τ·d/dz as in `_per_teacher`, exact where q_t underflows; several passes.
+
+    q_j/q_t is the softmax of the bucket's own logits, and log q_t its log-sum-exp. A bucket without an
+    id has no part.
+    """
+    logq = torch.log_softmax(logits_CP / target.temperature, -1)
+    kd = target.known - (target.p * logq.gather(-1, target.ids)).sum(-1)
+    gradient = (logq.exp() * (a + b)).scatter_add_(-1, target.ids, -b * target.p)
+    for absent, tail in zip(target.absent, target.tail, strict=True):
+        outside = torch.ones_like(logq, dtype=torch.bool)
+        # Repeats of the first id say what it says: the order of writing does not matter.
+        outside.scatter_(-1, target.ids, torch.where(target.kept, absent, absent[:, :1]))
+        outside[:, target.vocab_size :] = False
+        tail = torch.where(outside.any(-1), tail, 0.0)
+        bucket = logq.masked_fill(~outside, _LEAST)
+        kd = kd - torch.where(tail > 0, tail * bucket.logsumexp(-1), 0.0)
+        gradient.sub_(bucket.softmax(-1).mul_(b * tail[:, None]))
+    return kd, gradient
 
 
 def _mixture(
@@ -163,4 +192,4 @@ def _mixture(
     d, h = torch.where(there, d, 0.0), torch.where(there, h, 0.0)
     total = h.sum(-1, keepdim=True)
     own = q * (a - b * total) + b * h[:, :-1]
-    return d.sum(-1), own, a + b * (h[:, -1:] / q_bucket - total)
+    return d.sum(-1), own, a + b * (h[:, -1:] / q_bucket - total), None

@@ -45,10 +45,13 @@ class UnionTarget:
 
     def rows(self, start: int, stop: int) -> UnionTarget:
         """Returns rows [start, stop)."""
-        cut = slice(start, stop)
+        return self.at(slice(start, stop))
+
+    def at(self, rows: slice | Tensor) -> UnionTarget:
+        """Returns some rows, a slice or int64 indices."""
         return UnionTarget(
-            self.ids[cut], self.kept[cut], self.p[cut], self.absent[:, cut], self.tail[:, cut],
-            self.known[cut], self.vocab_size, self.temperature,
+            self.ids[rows], self.kept[rows], self.p[rows], self.absent[:, rows], self.tail[:, rows],
+            self.known[rows], self.vocab_size, self.temperature,
         )  # fmt: skip
 
 

@@ -350,3 +350,26 @@ def test_a_bucket_without_ids_has_no_part(name: str, padding: int) -> None:
     expected = plain(plain_logits(hidden[rows], head), target, named(name))
     torch.testing.assert_close(loss.kd_R, expected, rtol=1e-10, atol=1e-10)
     same(gradients(loss.total, hidden, head), gradients(expected.sum(), hidden, head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_tail_that_the_student_all_but_excludes_keeps_its_gradient(
+    dtype: torch.dtype, temperature: float
+) -> None:
+    hidden, head, gold = make(dtype, padding=3)
+    far = (hidden.detach() * 400.0).requires_grad_()  # gaps of thousands of nats
+    target = target_of(k=2, temperature=temperature)
+    narrow = replace(
+        target, **{n: getattr(target, n).to(dtype) for n in ("logp", "p", "tail", "weights")}
+    )
+    logits = plain_logits(far, head)
+    gone = torch.softmax(logits / temperature, -1).sort(-1, descending=True).values[:, 7:].sum(-1)
+    assert (gone < 1e-40).any(), "the case is not extreme"
+    expected = bucket_kl(logits, narrow)
+    found = chunked_loss(far, head, gold, narrow, 0.0, 1.0, 5, named("forward_kl"))
+    scale = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.kd_R.to(dtype), expected, rtol=scale, atol=scale)
+    theirs = gradients(expected.sum(), far, head)
+    for mine, other in zip(gradients(found.total, far, head), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=scale, atol=scale * float(other.abs().max()))

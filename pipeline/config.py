@@ -14,18 +14,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from stages.options import (
-    CorpusOptions,
-    EvaluateOptions,
-    FusionOptions,
-    LossOptions,
-    Options,
-    ReadingOptions,
-    StoreOptions,
-    StudentOptions,
-    TeacherOptions,
-    TrainOptions,
-)
+from stages.options import CorpusOptions, Options, ReadingOptions, StoreOptions, TeacherOptions
+from stages.target_options import FusionOptions, LossOptions
+from stages.train_options import EvaluateOptions, StudentOptions, TrainOptions
 from storage.errors import ConfigError
 from storage.local_cache import LocalCache
 from storage.remote import Root, root_of

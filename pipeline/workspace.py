@@ -23,8 +23,8 @@ from stages.model_files import (
     present,
     read_config,
 )
-from stages.options import LossOptions
 from stages.progress import Progress
+from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
 from storage import durable
 from storage.blocks import CorpusInfo

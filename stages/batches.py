@@ -16,7 +16,8 @@ from torch import Tensor
 from stages.decode import DeviceDecoder, bfloat16
 from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
 from stages.mixture_em import domain_weights
-from stages.options import FusionOptions, Pooling, Tail
+from stages.options import Pooling, Tail
+from stages.target_options import FusionOptions
 from stages.weighting import first_weights
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache

@@ -124,7 +124,7 @@ def _distil(
         # Repeats of the first id are written with the first id's value: the order does not matter.
         e.scatter_(-1, ids, torch.where(target.kept, own, own[:, :1]))
     if far is not None:
-        for rows in far.nonzero()[:, 0].split(_FAR_ROWS):
+        for rows in torch.split(far.nonzero()[:, 0], _FAR_ROWS):
             kd[rows], gradient = _by_logs(soft.logits[rows], target.at(rows), a, b)
             if wanted:
                 e[rows] = gradient

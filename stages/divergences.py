@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.options import LossOptions
+from stages.target_options import LossOptions
 
 FLOOR = 1e-12  # p that reverse KL reads where there is less: a row's loss stays below 28 nats
 

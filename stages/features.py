@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, linear, normalize
 
 from stages.layer_pairs import Pair
-from stages.options import FeatureOptions
+from stages.target_options import FeatureOptions
 from storage.errors import ConfigError
 
 

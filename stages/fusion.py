@@ -21,7 +21,8 @@ from torch import Tensor
 
 from stages.evidence import Evidence
 from stages.mixing import geometric
-from stages.options import FusionOptions, Tail
+from stages.options import Tail
+from stages.target_options import FusionOptions
 from stages.weighting import weigh
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes

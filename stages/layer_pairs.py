@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stages.options import FeatureOptions, FeaturePair
+from stages.target_options import FeatureOptions, FeaturePair
 from storage.errors import ConfigError
 
 Pair = tuple[int, str, int]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stages.head import find_decoder_layers
-from stages.options import LoraOptions
+from stages.train_options import LoraOptions
 from storage.errors import ConfigError
 
 _ADAPTER = "default"

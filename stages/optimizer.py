@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.options import TrainOptions
+from stages.train_options import TrainOptions
 
 
 def make_optimizer(student: nn.Module, options: TrainOptions) -> torch.optim.AdamW:

@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stages.batches import Batch
 from stages.head import find_decoder_layers
-from stages.options import TrainOptions
 from stages.ranks import Ranks
 from stages.student import DistilledStudent, StepLoss
+from stages.train_options import TrainOptions
 
 
 class ParallelStudent:

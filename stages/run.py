@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from stages.options import LoraOptions, LossOptions, TrainOptions
 from stages.order import Ranges
 from stages.ranks import Ranks
+from stages.target_options import LossOptions
+from stages.train_options import LoraOptions, TrainOptions
 from storage import durable
 from storage.errors import CheckpointError
 from storage.fingerprint import describe_differences, fingerprint

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from stages.options import LossOptions, TrainOptions
+from stages.target_options import LossOptions
+from stages.train_options import TrainOptions
 
 
 def lr_share(step: int, steps: int, options: TrainOptions) -> float:

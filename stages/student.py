@@ -19,8 +19,9 @@ from stages.head import Head, find_decoder_layers, run_decoder
 from stages.layer_pairs import Pair
 from stages.lora import add_adapters
 from stages.model_files import context_length
-from stages.options import LossOptions, StudentOptions
+from stages.target_options import LossOptions
 from stages.teacher import load_causal_lm, random_causal_lm
+from stages.train_options import StudentOptions
 from storage.errors import ConfigError, VocabularyMismatch
 from storage.layout import Layout
 

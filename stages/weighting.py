@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.evidence import Evidence
-    from stages.options import FusionOptions
+    from stages.target_options import FusionOptions
 
 SINGLE = "single"
 """Written with the teacher's name, single:NAME."""

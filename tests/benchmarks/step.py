@@ -47,11 +47,11 @@ from stages.device import Usage
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule, run_decoder
 from stages.optimizer import make_optimizer
-from stages.options import LossOptions
 from stages.order import BlockOrder, Position
 from stages.progress import Silent
 from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, build_student
+from stages.target_options import LossOptions
 from stages.teacher import TransformersTeacher
 
 HIDDEN, KEPT = 1024, 64

@@ -19,8 +19,9 @@ from stages.checkpoint import latest_checkpoint, load_checkpoint
 from stages.features import LOSSES, FeatureAligner, FixedProjection, require_same_batches
 from stages.layer_pairs import at_depth, resolve_pairs, wanted_layers
 from stages.optimizer import make_optimizer
-from stages.options import FeatureOptions, TrainOptions
 from stages.ranks import Ranks
+from stages.target_options import FeatureOptions
+from stages.train_options import TrainOptions
 from storage.errors import ConfigError
 
 N, D, D_TEACHER = 5, 4, 6

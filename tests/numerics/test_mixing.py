@@ -15,8 +15,8 @@ from stages.fusion import NoteRows, fuse
 from stages.head import Head, HeadRule
 from stages.losses import bucket_kl
 from stages.mixing import fused_gold_logprob
-from stages.options import FusionOptions
 from stages.row_notes import NoteRule, annotate_logits
+from stages.target_options import FusionOptions
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO
 

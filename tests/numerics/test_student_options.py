@@ -23,9 +23,9 @@ from stages.lora import linear_maps, merged
 from stages.losses import cross_entropy
 from stages.metrics import MetricsLog
 from stages.model_checks import check_model
-from stages.options import LoraOptions, StudentOptions
 from stages.parallel import compile_layers
 from stages.student import build_student
+from stages.train_options import LoraOptions, StudentOptions
 from storage.errors import ConfigError, TeacherError
 
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ from torch.nn.functional import kl_div, log_softmax
 from stages.chunked_head import chunked_loss
 from stages.fusion import NoteRows, fuse, give_to_gold, renormalise
 from stages.head import Head, HeadRule
-from stages.options import FusionOptions, Tail
+from stages.options import Tail
 from stages.row_notes import NoteRule, annotate_logits
+from stages.target_options import FusionOptions
 from storage.errors import ConfigError
 from storage.sampling import uniforms
 from storage.types import LOG_ZERO

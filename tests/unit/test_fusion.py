@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
-from stages.options import FusionOptions
 from stages.row_notes import NoteRule, annotate_logits
+from stages.target_options import FusionOptions
 from storage.errors import ConfigError
 from storage.types import LOG_ZERO, Float32, PooledFeatures, SparseLogits, TeacherNotes, TokenStats
 

@@ -10,9 +10,10 @@ import torch
 from conftest import make_model
 
 from stages.batches import segment_means
-from stages.options import LossOptions, TrainOptions
 from stages.schedule import alpha_at, lr_share
 from stages.student import cut_layers
+from stages.target_options import LossOptions
+from stages.train_options import TrainOptions
 from storage.errors import ConfigError
 
 

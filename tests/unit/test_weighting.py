@@ -16,8 +16,8 @@ from torch import Tensor
 
 from stages.evidence import Evidence, sequence_means
 from stages.fusion import NoteRows, fuse
-from stages.options import FusionOptions
 from stages.schedule import weights_share
+from stages.target_options import FusionOptions
 from stages.weighting import NAMES, WEIGHTINGS, first_weights, parsed, uses_gold, weigh
 
 TOP = Path(__file__).resolve().parents[2]

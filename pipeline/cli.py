@@ -6,20 +6,19 @@ import json as json_module
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
+from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.launch_commands import launch, run_task
 from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
-    from pipeline.console import Console
     from pipeline.workspace import Workspace
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 MOST_FILES = 65_536
@@ -94,40 +93,6 @@ def _message(error: Exception) -> str:
     )
 
 
-def run_options(command: F) -> F:
-    """CONFIG, --set, --quiet and --debug: the same for every command."""
-    decorators: list[Callable[[F], F]] = [
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-            help="Lay a value over the configuration, e.g. --set train.lr=3e-4. Repeatable.",
-        ),
-        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
-    ]  # fmt: skip
-    for decorator in decorators:
-        command = decorator(command)
-    return command
-
-
-def json_option(command: F) -> F:
-    """--json, for commands that print results."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def open_workspace(
-    config: Path, overrides: Sequence[str], quiet: bool
-) -> tuple[Workspace, Console]:
-    """Reads the configuration and opens its workspace."""
-    from pipeline.config import load_config
-    from pipeline.console import Console
-    from pipeline.workspace import Workspace
-
-    console = Console(quiet)
-    click.get_current_context().find_root().obj = console
-    return Workspace(load_config(config, overrides), console), console
-
-
 @click.group(cls=ScholiastGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="scholiast", message="scholiast %(version)s")
 def main() -> None:
@@ -139,6 +104,7 @@ def main() -> None:
     append          more sources or teachers, without touching what is there
     train-student   the student on the teachers' fused notes
     evaluate        held-out figures; report: HTML, Markdown and JSON of them
+    launch          the whole of it on a cluster; status: how far it is
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
 
     Every command can be interrupted and run again: it goes on where it stopped.
@@ -187,7 +153,6 @@ def cache_teachers(
     Example: scholiast cache-teachers my.yaml --set device=cuda:1
       scholiast cache-teachers my.yaml --task 3 --tasks 8 --teacher large
     """
-    from pipeline.launch_commands import run_task
     from pipeline.tasks import find_task
 
     work, _ = open_workspace(config, overrides, quiet)
@@ -405,28 +370,23 @@ def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_js
 @json_option
 @run_options
 def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
-    """Say what is done: corpus, parts of each teacher, steps of each student.
+    """Say what is done, who is at work and which launched tasks failed, with the end of their logs.
 
     \b
     Example: scholiast status my.yaml
     """
     from pipeline.status import read_status
+    from pipeline.status_text import show_status
 
     work, console = open_workspace(config, overrides, quiet)
     rows = read_status(work)
     if as_json:
         click.echo(json_module.dumps(rows, indent=1))
-        return
-    console.table(
-        ["step", "state", "done", "of"],
-        [
-            [r["step"], r["state"], f"{r['done']:,}", f"{r['total']:,}" if r["total"] else "?"]
-            for r in rows
-        ],
-    )
+    else:
+        show_status(console, rows)
 
 
-for _command in (verify, repair, inspect):
+for _command in (verify, repair, inspect, launch):
     main.add_command(_command)
 
 

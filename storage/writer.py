@@ -7,6 +7,7 @@ is that of whoever commits first, whatever device each had, and is never touched
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -117,7 +118,8 @@ class CacheWriter:
         self._owners = owners(identity, layout)
         require_identity(root, identity, layout)
         with durable.disk_errors(root):
-            durable.patiently(lambda: _make_group(root, layout, learn), root)
+            once = functools.cache(learn)
+            durable.patiently(lambda: _make_group(root, layout, once), root)
             grown = _require_layout(root, layout)
             self.orders = load_orders(root, layout)
             _require_carried(root, self._owners, self.orders)

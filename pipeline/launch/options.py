@@ -68,6 +68,10 @@ class ClusterOptions(Options):
     warning: Count = Field(
         120, description="Seconds before the time limit at which jobs are told to save."
     )
+    claim: str = Field(
+        "scholiast", description="Kubernetes: the volume claim that all pods share, mounted at the "
+        "folder of the launch.",
+    )  # fmt: skip
     lease: Positive = Field(
         120.0, description="Seconds without a sign of life after which a task's parts are others'."
     )

@@ -1,4 +1,4 @@
-"""Stage one by many tasks: who does what, who is believed to be at work, what signals and faults leave."""
+"""Stage one by many tasks: who does what, who is believed at work, what signals and faults leave."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ class Shaky:
             "mkdir",
         ):
             patch.setattr(os, name, self._shaken(getattr(os, name)))
-        patch.setattr(durable, "PAUSES", (0.001,) * 12)
+        patch.setattr(durable, "PAUSES", (0.001,) * 20)
 
     def _shaken(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(target: Any, *arguments: Any, **named: Any) -> Any:
@@ -302,7 +302,7 @@ def test_a_folder_that_fails_at_times_loses_nothing(
     expected = digests(lab.root / "run/cache")
     shaken = lab.write("shaken.yaml", **{"cache_dir": f"{lab.root}/shaken"}, corpus__blocks_per_part=8,
                        store__chunk_tokens=256)  # fmt: skip
-    shaky = Shaky(lab.root / "shaken", 0.04)
+    shaky = Shaky(lab.root / "shaken", 0.01)
     with monkeypatch.context() as patch:
         shaky.install(patch)
         result = cli("cache-teachers", shaken, "--debug")
@@ -317,7 +317,7 @@ def test_a_folder_that_goes_on_failing_is_reported_and_nothing_is_lost(
 ) -> None:
     from storage.writer import CacheWriter
 
-    config = one_teacher(lab, 8)
+    config = one_teacher(lab, 8, cluster={"lease": 1.2})  # this process lives on, unlike a real one
     shaky, real = Shaky(lab.root / "run/cache", 1.0), CacheWriter.write_part
 
     def write_part(self: CacheWriter, part: int, *arguments: Any) -> Any:

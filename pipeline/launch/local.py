@@ -59,8 +59,8 @@ def run_pool(work: Workspace, call: Call, workers: int) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
     for code, (_, path) in zip(codes, pool, strict=True):
-        with path.open("a") as output:  # as batch scripts do, for `status`
-            output.write(f"{END} code={code if code >= 0 else 128 - code}\n")
+        with path.open("a") as log:  # as batch scripts do, for `status`
+            log.write(f"{END} code={code if code >= 0 else 128 - code}\n")
     _require_success(codes, [path for _, path in pool], bool(told))
 
 

@@ -75,8 +75,8 @@ def test_told_ahead_of_the_time_limit_it_goes_on_where_it_was(
     run: Run, slurm: PrivateSlurm
 ) -> None:
     run.slowed(batch=1.3)
-    run.lab.config["cluster"]["defaults"]["time"] = "1"
-    run.launch("--cache-only", cluster__tasks=1, cluster__warning=15, cluster__grace=0.0)
+    run.lab.config["cluster"]["defaults"]["time"] = "2"
+    run.launch("--cache-only", cluster__tasks=1, cluster__warning=50, cluster__grace=0.0)
     slurm.settle(400)
     log = run.logs("cache-one")
     assert "restart=1" in log and "why=USR1" in log and "stopped by SIGUSR1" in log

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 NODES = ("n1", "n2")
@@ -139,13 +138,21 @@ class PrivateSlurm:
     def settle(self, timeout: float = 300.0) -> None:
         """Waits until the queue is empty; jobs that were requeued do not wait their two minutes."""
 
+        hurried: set[str] = set()
+
         def empty() -> bool:
-            rows = self.ask("squeue", "-h", "--array", "--format=%A %T %S %r").splitlines()
-            for job, state, start, reason in (row.split(maxsplit=3) for row in rows):
-                if (state, reason) == ("PENDING", "BeginTime") and _ahead(start) > 15:
-                    # Sooner, and Slurm takes the new job's credential for the old one's.
-                    words = ["scontrol", "update", f"JobId={job}", "StartTime=now+6seconds"]
-                    subprocess.run(words, capture_output=True, timeout=60, check=False)
+            rows = self.ask("squeue", "-h", "--array", "--format=%A %T %r").splitlines()
+            waiting = {
+                job
+                for job, state, reason in (row.split(maxsplit=2) for row in rows)
+                if (state, reason) == ("PENDING", "BeginTime")
+            }
+            for job in waiting - hurried:
+                # Sooner, and Slurm takes the new job's credential for the old one's.
+                words = ["scontrol", "update", f"JobId={job}", "StartTime=now+6seconds"]
+                subprocess.run(words, capture_output=True, timeout=60, check=False)
+            hurried.clear()
+            hurried.update(waiting)
             return not rows
 
         self.wait_for(empty, timeout)
@@ -169,10 +176,6 @@ class PrivateSlurm:
             assert family[-1] > 1
         for pid in reversed(family):
             os.kill(pid, signal.SIGKILL)
-
-
-def _ahead(start: str) -> float:
-    return (datetime.fromisoformat(start) - datetime.now()).total_seconds()
 
 
 def _ports(count: int) -> list[int]:

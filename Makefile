@@ -51,7 +51,8 @@ test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, sta
 	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py
 
 test-cluster: $(BIN)/.installed-test  ## real jobs on a private two-node Slurm on loopback (Debian; as root, to install it)
-	command -v slurmctld slurmd munged > /dev/null || { apt-get update -qq && \
+	PATH=$$PATH:/usr/sbin; { command -v slurmctld && command -v slurmd && command -v sbatch && \
+	  command -v munged; } > /dev/null || { apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 	$(BIN)/python -m pytest -n 0 tests/cluster
 

@@ -128,9 +128,10 @@ class Leases:
         """Takes a part's lease if no one else has it; returns whether it did.
 
         Raises:
-            FailingFolder
+            DiskFull, FailingFolder
         """
-        taken = durable.patiently(lambda: self._take(part), self.folder)
+        with durable.disk_errors(self.folder):
+            taken = durable.patiently(lambda: self._take(part), self.folder)
         if taken:
             self._held.add(part)
         return taken
@@ -166,8 +167,17 @@ class Leases:
         return gone or lease.expired
 
     def look(self, part: int) -> Lease | None:
-        """Returns what is seen of a part's lease; None if there is none."""
-        return durable.patiently(lambda: _look(self.folder, part, clock(self.folder)), self.folder)
+        """Returns what is seen of a part's lease; None if there is none.
+
+        Raises:
+            DiskFull, FailingFolder
+        """
+
+        def look() -> Lease | None:
+            return _look(self.folder, part, clock(self.folder))
+
+        with durable.disk_errors(self.folder):
+            return durable.patiently(look, self.folder)
 
     def release(self, part: int) -> None:
         """Gives a finished part's lease up, and takes away the mark of an earlier failure."""

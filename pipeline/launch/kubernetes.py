@@ -17,6 +17,8 @@ from pipeline.launch.steps import Call, Step
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError, Stopped
 
+_TRIES = 3  # after a failure that is no signal's
+
 
 def manifests(work: Workspace, steps: list[Step], call: Call) -> list[dict[str, Any]]:
     """Returns a Job for each step.
@@ -63,15 +65,17 @@ def _job(work: Workspace, step: Step, call: Call) -> dict[str, Any]:
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     spec: dict[str, Any] = {
-        "backoffLimit": 3,
         "podFailurePolicy": {"rules": rules},
         "template": {"metadata": {"labels": {"app": "scholiast"}}, "spec": pod},
     }
     if step.tasks:
         spec |= {
+            "backoffLimitPerIndex": _TRIES,
             "completionMode": "Indexed", "completions": step.tasks,
             "parallelism": min(step.tasks, cluster.concurrent or step.tasks),
         }  # fmt: skip
+    else:
+        spec["backoffLimit"] = _TRIES
     labels = {"app": "scholiast", "step": step.name}
     return {
         "apiVersion": "batch/v1", "kind": "Job",

@@ -4,6 +4,8 @@ CONFIG ?= pipeline/configs/demo.yaml
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SCHOLIAST := $(BIN)/scholiast
+# LAUNCH=slurm submits batch jobs (see pipeline/launch/README.md) where otherwise this machine does the work.
+LAUNCH ?= here
 
 # The evidence: table 1 for three seeds, or with LONG=1 all of it.
 ifdef LONG
@@ -18,7 +20,7 @@ endif
 REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEEDS) --steps $(STEPS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student reproduce test test-s3 bench-cache bench-step lint clean
+.PHONY: help cache-teachers train-student reproduce test test-s3 test-cluster bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,13 +35,21 @@ $(BIN)/.installed-test: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	@touch $@
 
-cache-teachers: $(BIN)/.installed  ## stage one: every teacher once over the corpus (CONFIG=path)
+ifeq ($(LAUNCH),slurm)
+cache-teachers: $(BIN)/.installed
+	$(SCHOLIAST) launch slurm $(CONFIG) --cache-only --submit
+
+train-student: $(BIN)/.installed
+	$(SCHOLIAST) launch slurm $(CONFIG) --submit
+else
+cache-teachers: $(BIN)/.installed  ## stage one: every teacher once over the corpus (CONFIG=path, LAUNCH=slurm)
 	$(SCHOLIAST) cache-teachers $(CONFIG)
 
-train-student: cache-teachers  ## the whole job: cache, train, evaluate, report (CONFIG=path)
+train-student: cache-teachers  ## the whole job: cache, train, evaluate, report (CONFIG=path, LAUNCH=slurm)
 	$(SCHOLIAST) train-student $(CONFIG)
 	$(SCHOLIAST) evaluate --quiet $(CONFIG) > /dev/null
 	$(SCHOLIAST) report $(CONFIG)
+endif
 
 reproduce: $(BIN)/.installed  ## the evidence, resumable: table 1 (LONG=1: all tables, seeds, steps)
 	$(REPRODUCE)
@@ -54,6 +64,12 @@ test: lint  ## lint, then every test
 
 test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback
 	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py
+
+test-cluster: $(BIN)/.installed-test  ## real jobs on a private two-node Slurm on loopback (Debian; as root, to install it)
+	PATH=$$PATH:/usr/sbin; { command -v slurmctld && command -v slurmd && command -v sbatch && \
+	  command -v munged; } > /dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest -n 0 tests/cluster
 
 bench-cache: $(BIN)/.installed-test  ## size, rounding and speed of the cache; stage one's overhead; 10^6 parts
 	cd tests/benchmarks && ../../$(BIN)/python cache.py ../../runs/bench

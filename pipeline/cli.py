@@ -6,22 +6,21 @@ import json as json_module
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cache_commands import inspect, repair, verify
+from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.launch_commands import launch, run_task
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
 from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
-    from pipeline.console import Console
     from pipeline.workspace import Workspace
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 MOST_FILES = 65_536
@@ -96,40 +95,6 @@ def _message(error: Exception) -> str:
     )
 
 
-def run_options(command: F) -> F:
-    """CONFIG, --set, --quiet and --debug: the same for every command."""
-    decorators: list[Callable[[F], F]] = [
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-            help="Lay a value over the configuration, e.g. --set train.lr=3e-4. Repeatable.",
-        ),
-        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
-    ]  # fmt: skip
-    for decorator in decorators:
-        command = decorator(command)
-    return command
-
-
-def json_option(command: F) -> F:
-    """--json, for commands that print results."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def open_workspace(
-    config: Path, overrides: Sequence[str], quiet: bool
-) -> tuple[Workspace, Console]:
-    """Reads the configuration and opens its workspace."""
-    from pipeline.config import load_config
-    from pipeline.console import Console
-    from pipeline.workspace import Workspace
-
-    console = Console(quiet)
-    click.get_current_context().find_root().obj = console
-    return Workspace(load_config(config, overrides), console), console
-
-
 @click.group(cls=ScholiastGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="scholiast", message="scholiast %(version)s")
 def main() -> None:
@@ -142,6 +107,7 @@ def main() -> None:
     train-student   the student on the teachers' fused notes
     evaluate        held-out figures
     report          HTML, Markdown and JSON of them; of several runs: a comparison
+    launch          the whole of it on a cluster; status: how far it is
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds
 
@@ -172,23 +138,39 @@ def prepare(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) ->
 
 
 @main.command("cache-teachers")
+@click.option("--task", type=int, help="Which of several tasks this is, from 0.")
+@click.option("--tasks", type=click.IntRange(1), help="Of how many.")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME",
+              help="This teacher alone. Repeatable.")  # fmt: skip
 @run_options
-def cache_teachers(config: Path, overrides: Sequence[str], quiet: bool, debug: bool) -> None:
+def cache_teachers(
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, task: int | None,
+    tasks: int | None, teachers: Sequence[str],
+) -> None:  # fmt: skip
     """Run each teacher once over the corpus and store its notes.
 
-    Prepares the corpus first if it is not prepared. Finished parts are kept.
+    Prepares the corpus first if it is not prepared. Finished parts are kept. Any number of tasks may work
+    on the same parts: each does what no other is at work on. Which of how many it is a task also learns
+    from a Slurm array, an indexed Kubernetes Job or torchrun; without any it ends when all is done.
 
     \b
     Example: scholiast cache-teachers my.yaml --set device=cuda:1
+      scholiast cache-teachers my.yaml --task 3 --tasks 8 --teacher large
     """
+    from pipeline.tasks import find_task
+
     work, _ = open_workspace(config, overrides, quiet)
-    _cache_teachers(work)
+    found = find_task(task, tasks, os.environ)
+    if found is None:
+        _cache_teachers(work, teachers)
+    else:
+        run_task(work, found, teachers)
 
 
-def _cache_teachers(work: Workspace) -> None:
+def _cache_teachers(work: Workspace, teachers: Sequence[str] = ()) -> None:
     from pipeline.console import human_bytes
 
-    jobs = work.cache_teachers()
+    jobs = work.cache_teachers(teachers)
     costs = work.cache_costs(jobs)
     size = sum(cost["bytes"] for cost in costs.values())
     per_token = size / sum(cost["tokens"] for cost in costs.values())
@@ -393,28 +375,23 @@ def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_js
 @json_option
 @run_options
 def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
-    """Say what is done: corpus, parts of each teacher, steps of each student.
+    """Say what is done, who is at work and which launched tasks failed, with the end of their logs.
 
     \b
     Example: scholiast status my.yaml
     """
     from pipeline.status import read_status
+    from pipeline.status_text import show_status
 
     work, console = open_workspace(config, overrides, quiet)
     rows = read_status(work)
     if as_json:
         click.echo(json_module.dumps(rows, indent=1))
-        return
-    console.table(
-        ["step", "state", "done", "of"],
-        [
-            [r["step"], r["state"], f"{r['done']:,}", f"{r['total']:,}" if r["total"] else "?"]
-            for r in rows
-        ],
-    )
+    else:
+        show_status(console, rows)
 
 
-for _command in (report, verify, repair, inspect, reproduce):
+for _command in (report, verify, repair, inspect, launch, reproduce):
     main.add_command(_command)
 
 

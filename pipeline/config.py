@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline.launch.options import ClusterOptions
 from stages.options import CorpusOptions, Options, ReadingOptions, StoreOptions, TeacherOptions
 from stages.target_options import FusionOptions, LossOptions
 from stages.train_options import EvaluateOptions, StudentOptions, TrainOptions
@@ -51,6 +52,7 @@ class RunConfig(Options):
     train: TrainOptions
     evaluate: EvaluateOptions = EvaluateOptions()
     reading: ReadingOptions = ReadingOptions()
+    cluster: ClusterOptions = ClusterOptions()
 
     @field_validator("run_dir")
     @classmethod
@@ -103,6 +105,8 @@ class RunConfig(Options):
         if k is not None and k != self.store.entries and self.train.decode == "device":
             raise ValueError("fusion.k goes with train.decode: cpu")
         self._check_pairs()
+        if strangers := sorted(set(self.cluster.teachers) - set(self.teachers)):
+            raise ValueError(f"cluster.teachers names no teacher: {strangers}")
         return self
 
     def _check_pairs(self) -> None:

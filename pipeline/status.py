@@ -1,17 +1,25 @@
-"""What of a run is done, from what lies on disk; runs nothing and takes a moment."""
+"""What of a run is done and who is at work, from what lies on disk; runs nothing and takes a moment."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.launch.logs import failed_tasks
 from pipeline.workspace import BASELINE, FUSED, Workspace
+from stages.teacher_jobs import TeacherJob, measured
 from storage import manifest
+from storage.leases import failures, leases
 
 
 def read_status(work: Workspace) -> list[dict[str, Any]]:
     """Returns a row a step: {step, state, done, total}; state is done, partial or waiting.
+
+    A teacher's row also has, in parts, running (leased), stale (its task gave no sign of life for long)
+    and failed; tasks at work; tokens_per_s of all of them and seconds_left, None where nothing tells. A
+    row has failed_tasks where launched tasks failed (see `launch.logs.Ended`).
 
     Raises:
         StaleCache, CorruptShard, MissingShard: what lies there is not usable.
@@ -23,8 +31,8 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
         rows.append(_row("prepare corpus", done, 0))
     else:
         rows.append(_row("prepare corpus", info.parts, info.parts))
-    known = {job.name: (len(job.done), job.layout.parts) for job in jobs}
-    rows += [_row(f"cache {name}", *known.get(name, (0, 0))) for name in config.teachers]
+    known = {job.name: job for job in jobs}
+    rows += [_teacher_row(name, known.get(name)) for name in config.teachers]
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
         done, total = newest_step(folder), 0
@@ -35,7 +43,44 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
     evaluated = int((config.run / "evaluation.json").exists())
     rows.append(_row("evaluate", evaluated, 1))
     rows.append(_row("report", int((config.run / "report" / "report.html").exists()), 1))
+    _add_failures(rows, config.run / "launch" / "logs")
     return rows
+
+
+def _teacher_row(name: str, job: TeacherJob | None) -> dict[str, Any]:
+    if job is None:
+        return _row(f"cache {name}", 0, 0)
+    row = _row(f"cache {name}", len(job.done), job.layout.parts)
+    held, failed = [], 0
+    if job.pending and isinstance(job.root, Path):
+        pending = set(job.pending)
+        held = [lease for lease in leases(job.root) if lease.part in pending]
+        failed = len(pending & set(failures(job.root)))
+    fresh = [lease for lease in held if not lease.expired]
+    tasks = len({lease.holder.token for lease in fresh if lease.holder})
+    log = measured(job.root)
+    rate = log.tokens / log.seconds * max(1, tasks) if log and job.pending else None
+    left = job.layout.blocks_of(job.pending) * job.layout.block_length
+    return {
+        **row, "running": len(fresh), "stale": len(held) - len(fresh), "failed": failed, "tasks": tasks,
+        "tokens_per_s": rate, "seconds_left": left / rate if rate else None,
+    }  # fmt: skip
+
+
+def _add_failures(rows: list[dict[str, Any]], logs: Path) -> None:
+    unfinished = {row["step"]: row for row in rows if row["state"] != "done"}
+    steps = {name.replace(" ", "-"): name for name in unfinished}
+    if any(name.startswith("train ") for name in unfinished):
+        steps["train"] = next(name for name in unfinished if name.startswith("train "))
+    cached = [row for name, row in unfinished.items() if name.startswith("cache ")]
+    for ended in failed_tasks(logs, set(steps)):
+        if ended.step in steps:
+            row = unfinished[steps[ended.step]]
+        elif cached:  # a local pool works on any teacher
+            row = cached[0]
+        else:
+            continue
+        row.setdefault("failed_tasks", []).append(asdict(ended))
 
 
 def _row(step: str, done: int, total: int) -> dict[str, Any]:

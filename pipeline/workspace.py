@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,12 +25,14 @@ from stages.model_files import (
     read_config,
 )
 from stages.progress import Progress
+from stages.shares import Outcome, Share
 from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
 from storage import durable
 from storage.blocks import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import HashMemo, fingerprint
+from storage.leases import sweep
 from storage.remote import require_local
 from storage.stores import whole_bytes
 from storage.writer import save_info
@@ -92,8 +95,12 @@ class Workspace:
         if info is None:
             from stages.corpus import prepare
 
-            folder = require_local(self.config.corpus_folder, "corpus_dir")
-            info = prepare(self.config.corpus, folder, self.memo, self.progress)
+            folder = require_local(self.config.corpus_folder, "corpus_dir").absolute()
+            with durable.disk_errors(folder):
+                durable.make_folder(folder.parent)
+            # Of several tasks one prepares; the others wait and find it done.
+            with durable.alone(folder.parent / f".{folder.name}.lock"):
+                info = prepare(self.config.corpus, folder, self.memo, self.progress)
         return info
 
     def jobs(self, info: CorpusInfo) -> list[TeacherJob]:
@@ -101,24 +108,55 @@ class Workspace:
         config = self.config
         return plan_jobs(config.teachers, config.store, info, config.cache_folder, self.memo)
 
-    def cache_teachers(self) -> list[TeacherJob]:
-        """Does what is left of stage one; returns the finished jobs."""
+    def cache_teachers(self, teachers: Sequence[str] = ()) -> list[TeacherJob]:
+        """Does what is left of stage one, or waits for it where other tasks are at work; returns the
+        finished jobs (of these teachers alone, if any are named)."""
+        self.cache_share(Share(), teachers)
+        return self._jobs_of(teachers)
+
+    def cache_share(self, share: Share, teachers: Sequence[str] = ()) -> list[Outcome]:
+        """Does a task's share of stage one; returns what it did with each teacher that had pending parts.
+
+        Args:
+            share: the task's place among others.
+            teachers: these alone, if any are named.
+
+        Raises:
+            ConfigError: there is no such teacher.
+            Stopped: by SIGTERM or SIGUSR1; finished parts are kept.
+        """
         require_local(self.config.cache_folder, "cache_dir")
-        info = self.prepare()
-        jobs = self.jobs(info)
+        unknown = [name for name in teachers if name not in self.config.teachers]
+        if unknown:
+            raise ConfigError(
+                "there is no such teacher", where="--teacher",
+                expected=f"one of {list(self.config.teachers)}", found=unknown[0], todo="name another",
+            )  # fmt: skip
+        jobs = self._jobs_of(teachers)
         for job in jobs:
             if job.done and not (job.root / "cache.json").exists():  # it was lost
                 save_info(job.local_root, job.identity, job.layout)
+        outcomes = []
         if any(job.pending for job in jobs):
-            self._setup_torch()
-            from stages.cache_teachers import cache_teachers
+            outcomes = self._cache(jobs, share)
+            jobs = self._jobs_of(teachers)
+        for job in jobs:
+            sweep(job.local_root, set(job.done), not job.pending)
+        return outcomes
 
-            cache_teachers(
-                jobs, self.config.store, self.config.corpus_folder, self.tokenizer(),
-                self.config.device, self.progress,
-            )  # fmt: skip
-            jobs = self.jobs(info)
-        return jobs
+    def _jobs_of(self, teachers: Sequence[str]) -> list[TeacherJob]:
+        return [j for j in self.jobs(self.prepare()) if not teachers or j.name in teachers]
+
+    def _cache(self, jobs: list[TeacherJob], share: Share) -> list[Outcome]:
+        self._setup_torch()
+        from stages.cache_teachers import cache_teachers
+
+        config = self.config
+        share = replace(share, lifetime=config.cluster.lease, grace=config.cluster.grace)
+        return cache_teachers(
+            jobs, config.store, config.corpus_folder, self.tokenizer(), config.device, self.progress,
+            share,
+        )  # fmt: skip
 
     def finished_jobs(self) -> tuple[CorpusInfo, list[TeacherJob]]:
         """Returns corpus and jobs of a complete cache.

@@ -1,6 +1,8 @@
 """Stage one: each teacher once over the corpus, one in memory at a time, part by part.
 
-The task is stateless: a part whose manifest stands is skipped, any other is computed and committed.
+The task is stateless: a part whose manifest stands is skipped, any other is computed and committed,
+unless another task has a lease on it (shares.py). SIGTERM and SIGUSR1 end it after the part, or within
+a grace. A teacher is loaded when its first part is taken.
 A thread encodes and writes behind the teacher. Cost: one forward of the teacher per block; memory: the
 teacher, one batch's hidden states, one chunk of logits, three batches of notes and two encoded parts.
 """
@@ -8,7 +10,9 @@ teacher, one batch's hidden states, one chunk of logits, three batches of notes 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,15 +20,19 @@ import torch
 
 from stages.annotate import PartAnnotator
 from stages.behind import Behind
-from stages.device import Usage, choose_device
+from stages.device import Usage, device_of_task
 from stages.options import StoreOptions
 from stages.progress import Progress
+from stages.shares import Claims, Dropped, Grace, Outcome, Share
+from stages.stop import StopSignals, names
 from stages.teacher import TransformersTeacher, require_fit
 from stages.teacher_jobs import TeacherJob, append_log
 from stages.tokenizer import load_tokenizer, require_same_tokenizer
 from storage.blocks import BlockReader
 from storage.durable import require_free
+from storage.errors import Stopped
 from storage.layout import Layout
+from storage.leases import Holder, Leases
 from storage.orders import IdOrders, learn_orders
 from storage.remote import Root
 from storage.types import AnyArray, Int64
@@ -40,8 +48,9 @@ def cache_teachers(
     tokenizer: Any,
     device_name: str,
     progress: Progress,
-) -> None:
-    """Computes every pending part of every job.
+    share: Share | None = None,
+) -> list[Outcome]:
+    """Computes the pending parts of every job that no other task is at work on.
 
     Args:
         jobs: from `plan_jobs`.
@@ -49,12 +58,19 @@ def cache_teachers(
         corpus_dir: the complete corpus.
         tokenizer: the corpus's tokenizer, which every teacher must share.
         device_name: "auto", "cpu", "cuda" or "cuda:N".
+        progress: who is told.
+        share: this task's place among others; if not given it is the only one, and ends when all
+            parts are done.
+
+    Returns:
+        What was done with each teacher that had pending parts.
 
     Raises:
-        VocabularyMismatch, TeacherError, NonFiniteLogits, DiskFull, CorruptShard: parts finished
-            before are kept.
+        VocabularyMismatch, TeacherError, NonFiniteLogits, DiskFull, CorruptShard, FailingFolder: parts
+            finished before are kept.
+        Stopped: by SIGTERM or SIGUSR1; finished parts are kept.
     """
-    device = choose_device(device_name)
+    share = share or Share()
     waiting = [job for job in jobs if job.pending]
     for job in waiting:  # before the first hour is spent
         theirs = load_tokenizer(
@@ -63,39 +79,131 @@ def cache_teachers(
         )  # fmt: skip
         require_same_tokenizer(tokenizer, theirs, "the corpus", f"teacher {job.name!r}")
         require_free(job.local_root, job.expected_bytes(), f"the cache of teacher {job.name!r}")
-    reader = BlockReader(corpus_dir)
-    for job in waiting:
-        _cache_one(job, store, reader, device, progress)
+    work = _Work(store, BlockReader(corpus_dir), device_of_task(device_name), progress, share)
+    outcomes: list[Outcome] = []
+    with StopSignals() as stop:
+        for job in waiting:
+            outcomes.append(_cache_one(job, work, stop))
+            if told := names(stop.flags()):
+                raise _stopped(told, outcomes)
+    return outcomes
 
 
-def _cache_one(
-    job: TeacherJob,
-    store: StoreOptions,
-    reader: BlockReader,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    teacher = TransformersTeacher(job.name, job.folder, job.options, device)
-    try:
-        require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
-        annotator = PartAnnotator(job.name, teacher, job.layout, store.chunk_tokens, store.compile)
+def _stopped(told: str, outcomes: Sequence[Outcome]) -> Stopped:
+    written = sum(len(one.written) for one in outcomes)
+    dropped = [f"part {part} of {one.teacher}" for one in outcomes for part in one.dropped]
+    given_up = f", {' and '.join(dropped)} given up" if dropped else ""
+    return Stopped(
+        f"stopped by {told}: {written} parts written{given_up}",
+        todo="run the same command again to go on",
+    )
 
-        def learn() -> IdOrders:
-            progress.say(f"cache {job.name}: learning which ids are usual where")
-            blocks = reader.read(learning_blocks(job.layout))
-            ids = annotator.heads(blocks, job.options.batch_blocks)
-            return learn_orders(ids, job.layout.vocab_size)
 
-        writer = CacheWriter(job.local_root, job.identity, job.layout, learn)
-        total = job.layout.blocks * job.layout.block_length
-        left = job.layout.blocks_of(job.pending) * job.layout.block_length
-        progress.start(f"cache {job.name}", total, "token", total - left)
-        with Behind(depth=3) as behind:
-            for part in job.pending:
-                _do_part(job, part, annotator, writer, reader, device, progress, behind)
-        progress.finish()
-    finally:
-        teacher.close()
+@dataclass(frozen=True)
+class _Work:
+    """What is the same for every teacher."""
+
+    store: StoreOptions
+    reader: BlockReader
+    device: torch.device
+    progress: Progress
+    share: Share
+
+
+def _cache_one(job: TeacherJob, work: _Work, stop: StopSignals) -> Outcome:
+    outcome, share = Outcome(job.name), work.share
+    holder = Holder.here(share.job, share.lifetime)
+    with Leases(job.local_root, holder) as leases:
+        claims = iter(Claims(job, leases, share, stop, outcome, work.progress.say))
+        first = next(claims, None)
+        if first is not None:  # no model is loaded for nothing
+            _PartWriter(job, work, stop, leases, outcome).run(chain([first], claims))
+    return outcome
+
+
+class _PartWriter:
+    """One teacher, loaded, and the parts that it is given."""
+
+    def __init__(
+        self, job: TeacherJob, work: _Work, stop: StopSignals, leases: Leases, outcome: Outcome
+    ) -> None:
+        self._job, self._work, self._stop = job, work, stop
+        self._leases, self._outcome = leases, outcome
+
+    def run(self, parts: Iterable[int]) -> None:
+        """Does the parts, one behind the other."""
+        job, store, progress = self._job, self._work.store, self._work.progress
+        teacher = TransformersTeacher(job.name, job.folder, job.options, self._work.device)
+        try:
+            require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
+            annotator = PartAnnotator(
+                job.name, teacher, job.layout, store.chunk_tokens, store.compile
+            )
+            writer = CacheWriter(
+                job.local_root, job.identity, job.layout, lambda: self._learn(annotator)
+            )
+            total = job.layout.blocks * job.layout.block_length
+            left = job.layout.blocks_of(job.pending) * job.layout.block_length
+            progress.start(f"cache {job.name}", total, "token", total - left)
+            with Behind(depth=3) as behind:
+                for part in parts:
+                    if not self._do(part, annotator, writer, behind):
+                        break
+            progress.finish()
+        finally:
+            teacher.close()
+
+    def _learn(self, annotator: PartAnnotator) -> IdOrders:
+        job = self._job
+        self._work.progress.say(f"cache {job.name}: learning which ids are usual where")
+        blocks = self._work.reader.read(learning_blocks(job.layout))
+        return learn_orders(
+            annotator.heads(blocks, job.options.batch_blocks), job.layout.vocab_size
+        )
+
+    def _do(self, part: int, annotator: PartAnnotator, writer: CacheWriter, behind: Behind) -> bool:
+        """Computes one part; returns whether it was not given up."""
+        job, work = self._job, self._work
+        tokens, usage = _tokens(job, part), Usage(work.device)
+        grace = Grace(self._stop, work.share.grace, tokens)
+
+        def advance(count: int) -> None:
+            work.progress.advance(count)
+            grace.advance(count)
+
+        try:
+            raw = int(job.layout.bytes_per_token_raw() * tokens)
+            require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}")
+            arrays = annotator.annotate(
+                work.reader.part(part), writer.orders, job.options.batch_blocks, advance,
+                behind.submit,
+            )  # fmt: skip
+        except Dropped:
+            self._outcome.dropped.append(part)
+            self._leases.drop(part)
+            return False
+        except Exception as error:
+            self._leases.fail(part, str(error))
+            raise
+        row = {
+            "part": part, "tokens": tokens, "seconds": usage.seconds,
+            "peak_bytes": usage.peak_bytes, "device": _device_name(work.device),
+        }  # fmt: skip
+        behind.submit(self._commit, part, arrays, writer, row)
+        return True
+
+    def _commit(
+        self, part: int, arrays: Mapping[str, AnyArray], writer: CacheWriter, row: dict[str, Any]
+    ) -> None:
+        start, job = time.perf_counter(), self._job
+        try:
+            writer.write_part(part, arrays)
+        except Exception as error:
+            self._leases.fail(part, str(error))
+            raise
+        append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
+        self._outcome.written.append(part)
+        self._leases.release(part)
 
 
 def learning_blocks(layout: Layout) -> Int64:
@@ -108,41 +216,6 @@ def learning_blocks(layout: Layout) -> Int64:
     tokens = min(LEARNING_TOKENS, blocks * layout.block_length // 8)
     count = max(1, tokens // layout.block_length)
     return np.arange(count) * blocks // count
-
-
-def _do_part(
-    job: TeacherJob,
-    part: int,
-    annotator: PartAnnotator,
-    writer: CacheWriter,
-    reader: BlockReader,
-    device: torch.device,
-    progress: Progress,
-    behind: Behind,
-) -> None:
-    tokens, usage = _tokens(job, part), Usage(device)
-    raw = int(job.layout.bytes_per_token_raw() * tokens)
-    require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}")
-    arrays = annotator.annotate(
-        reader.part(part), writer.orders, job.options.batch_blocks, progress.advance, behind.submit
-    )
-    row = {
-        "part": part, "tokens": tokens, "seconds": usage.seconds, "peak_bytes": usage.peak_bytes,
-        "device": _device_name(device),
-    }  # fmt: skip
-    behind.submit(_commit, job, part, arrays, writer, row)
-
-
-def _commit(
-    job: TeacherJob,
-    part: int,
-    arrays: Mapping[str, AnyArray],
-    writer: CacheWriter,
-    row: dict[str, Any],
-) -> None:
-    start = time.perf_counter()
-    writer.write_part(part, arrays)
-    append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
 
 
 def _tokens(job: TeacherJob, part: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -27,6 +28,20 @@ def choose_device(name: str) -> torch.device:
             "no GPU is visible to torch", where="device", found=name,
             todo="set device: auto or cpu, or check the driver and CUDA_VISIBLE_DEVICES",
         )  # fmt: skip
+    return device
+
+
+def device_of_task(name: str) -> torch.device:
+    """Returns the device of one of the tasks on this host: the GPU of its LOCAL_RANK, if it has one.
+
+    Tasks that are no ranks share nothing, so more of them than GPUs take turns with these.
+
+    Raises:
+        ConfigError: the device asked for is not there.
+    """
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
 

@@ -26,7 +26,7 @@ from stages.model_files import (
 from stages.options import StoreOptions, TeacherOptions
 from storage import manifest
 from storage.blocks import CorpusInfo
-from storage.durable import disk_errors
+from storage.durable import disk_errors, patiently
 from storage.errors import ConfigError, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
@@ -238,11 +238,15 @@ def append_log(root: Path, row: Mapping[str, Any]) -> None:
     """
     path = root / "log.jsonl"
     with disk_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(fd, (json.dumps(row) + "\n").encode())
-        finally:
-            os.close(fd)
+        patiently(lambda: _append(path, row), path)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, (json.dumps(row) + "\n").encode())
+    finally:
+        os.close(fd)
 
 
 def read_log(root: Root) -> list[dict[str, Any]]:

@@ -339,9 +339,13 @@ def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
     if vouched is None:
         raise missing
     size, digest = vouched.objects[object_name(part)]
-    try:
+
+    def whole() -> bytes:
         with os.fdopen(open_object(path, size, digest), "rb") as file:
-            data = file.read()
+            return file.read()
+
+    try:
+        data = durable.patiently(whole, path)
     except FileNotFoundError:
         raise missing from None
     if bytes_sha256(data) != digest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from storage import durable
 from storage.errors import CorruptShard, unreadable
 from storage.fingerprint import fingerprint
 from storage.remote import Root
@@ -20,7 +21,7 @@ def read_checked(path: Root, command: str) -> dict[str, Any] | None:
         CorruptShard: the file cannot be read, or its checksum does not hold.
     """
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(durable.patiently(path.read_bytes, path))
         whole = body.pop("sha256") == fingerprint(body)
     except FileNotFoundError:
         return None

@@ -1,4 +1,8 @@
-"""Writes that survive a power cut: temporary name, fsync, rename, fsync of the folder."""
+"""Writes that survive a power cut: temporary name, fsync, rename, fsync of the folder.
+
+A shared folder may fail for a moment (a server that restarts: EIO, ESTALE); what can be done again as a
+whole is then done again, `patiently`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,47 @@ import fcntl
 import os
 import platform
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from storage.errors import DiskFull
+from storage.errors import DiskFull, FailingFolder
+
+T = TypeVar("T")
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
+"""Errors of a shared folder that may be over in a moment."""
+PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0, 20.0)
+"""Seconds between the tries: 34 s in all, about what a file server takes to restart."""
+
+
+def patiently(action: Callable[[], T], where: object) -> T:
+    """Returns what an action gives; does it again, a bounded number of times, where the folder fails.
+
+    Args:
+        action: what may be done again as a whole: a file's second fsync does not bring back what the
+            first one lost, so it must write it anew.
+        where: for the message.
+
+    Raises:
+        FailingFolder: it failed to the last.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            if pause is None:
+                raise FailingFolder(
+                    f"the folder keeps failing: {error.strerror or error}", where=error.filename or where,
+                    found=f"{len(PAUSES) + 1} tries in {sum(PAUSES):.0f} s",
+                    todo="mend it and run the same command again; what is finished is kept",
+                ) from error  # fmt: skip
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def fsync_file(path: Path) -> None:
@@ -47,23 +87,34 @@ def alone(path: Path) -> Iterator[None]:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(fd)
-                raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+            if _locked(fd, path):
                 break
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)  # its former holder removed it while we waited
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # it is ours as long as we hold it
-        # Closing alone would leave the lock to a process forked in the meantime.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+        try:
+            path.unlink(missing_ok=True)  # it is ours as long as we hold it
+        finally:
+            # Closing alone would leave the lock to a process forked in the meantime.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+
+def _locked(fd: int, path: Path) -> bool:
+    """Waits for the lock; returns whether the file still stands at `path`."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    return False
 
 
 @contextlib.contextmanager
@@ -138,7 +189,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises:
         DiskFull: no space; the old file, if any, is untouched.
+        FailingFolder
     """
+    patiently(lambda: _write_once(path, data), path)
+
+
+def _write_once(path: Path, data: bytes) -> None:
     with disk_errors(path):
         make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -150,7 +206,8 @@ def write_bytes(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
     fsync_folder(path.parent)
 

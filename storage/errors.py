@@ -86,6 +86,10 @@ class DiskFull(ScholiastError):
     """Too little free space, before or during a write."""
 
 
+class FailingFolder(ScholiastError):
+    """A folder gave the errors of a failing or restarting file system, again and again."""
+
+
 class RemoteError(ScholiastError):
     """A remote store cannot be reached, or refuses us."""
 
@@ -109,6 +113,6 @@ class OtherRank(ScholiastError):
 
 
 class Stopped(ScholiastError):
-    """A signal ended the training after a step; all of it is saved (exit code 75: run it again)."""
+    """A signal ended the work; what is finished is saved (exit code 75: run it again)."""
 
     exit_code = 75

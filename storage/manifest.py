@@ -101,8 +101,7 @@ def listing(root: Root) -> Listing:
     if isinstance(folder, RemotePath):
         return parse_names(folder.names())
     try:
-        with os.scandir(folder) as entries:
-            return parse_names(entry.name for entry in entries)
+        return parse_names(durable.patiently(lambda: os.listdir(folder), folder))
     except FileNotFoundError:
         return parse_names([])
 
@@ -253,7 +252,7 @@ def read(path: Root) -> Manifest | None:
 
 def _bytes(path: Root) -> bytes | None:
     try:
-        return path.read_bytes()
+        return durable.patiently(path.read_bytes, path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -284,6 +283,11 @@ def _below(name: str) -> bool:
     """Returns whether a path names something below the folder that it is relative to."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts
+
+
+def stands(root: Root, part: int, expected: str) -> bool:
+    """Returns whether a part's manifest is there, by its name alone."""
+    return durable.patiently(path_of(root, part, expected).exists, root)
 
 
 def finished(root: Root, part: int, expected: str) -> Manifest | None:

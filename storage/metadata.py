@@ -53,7 +53,7 @@ def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, 
     for name, expected in group_metadata(layout, orders).items():
         what = "the table of levels" if name == LEVELS else "the array's metadata"
         try:
-            found = (root / name).read_bytes()
+            found = durable.patiently((root / name).read_bytes, root / name)
             if name != LEVELS:
                 found, expected = (canonical_json(json.loads(x)) for x in (found, expected))
         except FileNotFoundError:
@@ -83,7 +83,8 @@ def require_metadata(root: Path, layout: Layout, orders: IdOrders) -> None:
 def stored_layout(root: Path) -> Any:
     """Returns {format, layout} as the group under `root` states it, None if it cannot be read."""
     try:
-        return json.loads((root / GROUP / NAME).read_bytes())["attributes"]["scholiast"]
+        data = durable.patiently((root / GROUP / NAME).read_bytes, root)
+        return json.loads(data)["attributes"]["scholiast"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

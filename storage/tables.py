@@ -129,7 +129,7 @@ def read_table(path: Root) -> AnyArray:
         MissingShard, CorruptShard
     """
     try:
-        data = path.read_bytes()
+        data = durable.patiently(path.read_bytes, path)
     except FileNotFoundError:
         raise MissingShard("the orders of ids are missing", where=path, todo=_TODO) from None
     except OSError as error:

@@ -45,7 +45,9 @@ _OTHERS = {CACHE: {"log.jsonl"}, CORPUS: {BEGUN}}
 _WINDOW = 256  # parts whose manifests are held at once
 _DEEP_BLOCKS = 8  # blocks decoded at once
 _OBJECT = re.compile(rf"{re.escape(GROUP)}/[^/]+/c/(\d+)(/0)*|blocks/(\d{{6,}})\.arrow")
-_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$|^\.commit\.lock$")
+_TEMPORARY = re.compile(
+    r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$|^\.commit\.lock$|^\.leases/"
+)
 
 
 @dataclass(frozen=True)

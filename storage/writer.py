@@ -7,6 +7,7 @@ is that of whoever commits first, whatever device each had, and is never touched
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -117,11 +118,12 @@ class CacheWriter:
         self._owners = owners(identity, layout)
         require_identity(root, identity, layout)
         with durable.disk_errors(root):
-            _make_group(root, layout, learn)
+            once = functools.cache(learn)
+            durable.patiently(lambda: _make_group(root, layout, once), root)
             grown = _require_layout(root, layout)
             self.orders = load_orders(root, layout)
             _require_carried(root, self._owners, self.orders)
-            save_spares(root)
+            durable.patiently(lambda: save_spares(root), root)
             if grown:
                 _grow_group(root, layout, self.orders)
         require_metadata(root, layout, self.orders)  # or other readers would be told lies
@@ -138,17 +140,21 @@ class CacheWriter:
             Its manifest; where another writer was quicker, that one's.
 
         Raises:
-            DiskFull: nothing is committed.
+            DiskFull, FailingFolder: nothing is committed.
             ValueError: an array is missing, superfluous, or of another shape or dtype.
         """
-        first, last = self.layout.part_range(part)
         specs = self.layout.arrays()
         if set(arrays) != set(specs):
             raise ValueError(f"arrays {sorted(arrays)} given, {sorted(specs)} stored")
+        first, last = self.layout.part_range(part)
         for name, spec in specs.items():
             data = arrays[name]
             if data.shape != (last - first, *spec.shape[1:]) or data.dtype != spec.dtype:
                 raise ValueError(f"{name}: {data.dtype}{data.shape} given, {spec} stored")
+        return durable.patiently(lambda: self._write_once(part, arrays), self.root)
+
+    def _write_once(self, part: int, arrays: Mapping[str, AnyArray]) -> manifest.Manifest:
+        (first, last), specs = self.layout.part_range(part), self.layout.arrays()
         names = [shard_name(name, part, len(spec.shape)) for name, spec in specs.items()]
         # Written and hashed where no other writer comes: two of them need not have the same bits (other
         # devices, other batch sizes), and a manifest must never vouch for a mixture.

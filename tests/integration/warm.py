@@ -3,6 +3,7 @@
 A process of its own, because a fork of pytest's would inherit other tests' threads.
 
 Usage: warm.py kill CONFIG FOLDER KILLS SEED | warm.py share CONFIG FOLDER WORKERS...
+| warm.py race CONFIG FOLDER TASKS
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import stages.corpus
 from pipeline.config import load_config
 from pipeline.workspace import Workspace, quiet_transformers
 from stages.progress import Silent
+from stages.shares import Share
 from stages.tokenizer import load_tokenizer
 from storage.reader import CacheReader
 from storage.tables import load_orders
@@ -109,6 +111,21 @@ def share(config: str, folder: str, *counts: str) -> None:
         together(2, lambda _, root=root, barrier=barrier: copy(root, Path(folder, "same"), barrier))  # type: ignore[misc]
 
 
+def race(config: str, folder: str, count: str) -> None:
+    """Does stage one alone, then once more by tasks that all begin at the same moment."""
+    alone = workspace(config, cache_dir=f"{folder}/alone")
+    raced = workspace(config, cache_dir=f"{folder}/raced")
+    assert os.waitpid(forked(alone.cache_teachers), 0)[1] == 0
+    barrier = multiprocessing.get_context("fork").Barrier(int(count))
+
+    def task(index: int) -> None:
+        barrier.wait(120)
+        raced.cache_share(Share(index, int(count), wait=False))
+
+    together(int(count), task)
+    print(json.dumps({"parts": raced.jobs(raced.prepare())[0].layout.parts}))
+
+
 def together(count: int, task: Callable[[int], None]) -> None:
     children = [forked(lambda i=i: task(i)) for i in range(count)]  # type: ignore[misc]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
@@ -140,4 +157,4 @@ def copy(source: Path, folder: Path, barrier: Any) -> None:
 
 if __name__ == "__main__":
     warm_up(sys.argv[2])
-    {"kill": kill, "share": share}[sys.argv[1]](*sys.argv[2:])
+    {"kill": kill, "share": share, "race": race}[sys.argv[1]](*sys.argv[2:])

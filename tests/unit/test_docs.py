@@ -27,6 +27,11 @@ def test_configuration_reference_is_current_and_complete() -> None:
 def test_every_command_is_described_with_an_example() -> None:
     text = (TOP / "pipeline/README.md").read_text()
     for name, command in main.commands.items():
+        for inner, one in getattr(command, "commands", {}).items():
+            assert f"`scholiast {name} {inner} CONFIG" in text
+            assert f"Example: scholiast {name} {inner} " in (one.help or "")
+        if hasattr(command, "commands"):
+            continue
         assert any(f"`scholiast {name} {what}" in text for what in ("CONFIG", "CACHE", "RUN"))
         assert f"Example: scholiast {name} " in (command.help or "")
 
@@ -45,7 +50,7 @@ def test_every_stored_array_and_layout_field_is_in_the_format(tmp_path: Path) ->
 
 
 def test_every_file_of_a_room_is_in_its_readme() -> None:
-    for room in ("storage", "stages", "pipeline"):
+    for room in ("storage", "stages", "pipeline", "pipeline/launch"):
         text = (TOP / room / "README.md").read_text()
         for path in (TOP / room).glob("*.py"):
             assert path.name == "__init__.py" or f"`{path.name}`" in text, path

@@ -32,8 +32,9 @@ from transformers import LlamaForCausalLM
 
 import stages.cache_teachers
 import stages.corpus
+from pipeline.cache_workspace import quiet_transformers
 from pipeline.config import load_config
-from pipeline.workspace import Workspace, quiet_transformers
+from pipeline.workspace import Workspace
 from stages.progress import Silent
 from stages.shares import Share
 from stages.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.workspace import Workspace
 from stages.corpus_identity import require_appendable
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.remote import require_local
 
 

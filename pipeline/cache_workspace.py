@@ -14,7 +14,7 @@ from stages.progress import Progress
 from stages.shares import Outcome, Share
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
 from storage import durable
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import HashMemo
 from storage.leases import sweep

@@ -18,7 +18,7 @@ from pipeline.report import read_metrics
 from pipeline.token_view import token_view
 from pipeline.workspace import BEFORE, Workspace
 from stages.teacher_jobs import TeacherJob
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError
 from storage.types import Int64
 

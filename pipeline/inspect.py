@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.blocks import load_info
+from storage.corpus_info import load_info
 from storage.errors import IncompleteCache
 from storage.fingerprint import fingerprint
 from storage.layout import FORMAT

@@ -14,7 +14,7 @@ from stages.documents import source_files
 from stages.model_files import context_length, hidden_size, locate, parameters, read_config
 from stages.teacher_jobs import COMPRESSION, TeacherJob, measured, stored
 from storage import manifest
-from storage.blocks import CorpusInfo, stored_bytes
+from storage.corpus_info import CorpusInfo, stored_bytes
 from storage.errors import ConfigError
 from storage.fingerprint import tree_bytes
 from storage.layout import Layout

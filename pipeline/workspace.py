@@ -24,7 +24,7 @@ from stages.model_files import (
 from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob
 from storage import durable
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache
 from storage.fingerprint import fingerprint
 

@@ -21,7 +21,7 @@ from stages.options import CorpusOptions
 from stages.packing import Packer
 from stages.progress import Progress
 from stages.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
-from storage.blocks import CorpusInfo, load_begun, save_begun, save_info
+from storage.corpus_info import CorpusInfo, load_begun, save_begun, save_info
 from storage.fingerprint import HashMemo, fingerprint
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from stages.documents import source_identity
 from stages.model_files import locate, tokenizer_identity
 from stages.options import CorpusOptions
-from storage.blocks import FORMAT, CorpusInfo, load_begun, load_info
+from storage.corpus_info import FORMAT, CorpusInfo, load_begun, load_info
 from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 from storage.remote import Root

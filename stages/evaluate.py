@@ -28,7 +28,7 @@ from stages.mixing import fused_gold_logprob
 from stages.ranks import Ranks
 from stages.student import DistilledStudent, StepLoss
 from stages.union import merge
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.types import Float64, Int64
 
 OVERALL = "overall"

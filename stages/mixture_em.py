@@ -17,7 +17,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from storage.blocks import BlockReader, CorpusInfo
+from storage.blocks import BlockReader
+from storage.corpus_info import CorpusInfo
 from storage.errors import CorpusError
 from storage.reader import CacheReader
 from storage.types import Int64

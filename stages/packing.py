@@ -21,7 +21,8 @@ from stages.options import CorpusOptions
 from stages.progress import Progress
 from stages.tokenizer import eos_id, tokenizer_fingerprint
 from storage import durable, manifest
-from storage.blocks import CorpusGeneration, SourceRange, content_digest, write_part
+from storage.blocks import content_digest, write_part
+from storage.corpus_info import CorpusGeneration, SourceRange
 from storage.errors import CorpusError
 from storage.fingerprint import bytes_sha256, fingerprint
 from storage.generations import parts_until

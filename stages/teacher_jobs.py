@@ -25,7 +25,7 @@ from stages.model_files import (
 )
 from stages.options import StoreOptions, TeacherOptions
 from storage import manifest
-from storage.blocks import CorpusInfo
+from storage.corpus_info import CorpusInfo
 from storage.durable import disk_errors, patiently
 from storage.errors import ConfigError, TeacherError
 from storage.fingerprint import HashMemo

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import durable
-from storage.blocks import save_begun
+from storage.corpus_info import save_begun
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store, generations_of
 from storage.tables import digest, order_paths, restore

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from storage import manifest
-from storage.blocks import CorpusInfo, load_begun, load_info, object_name
+from storage.blocks import object_name
+from storage.corpus_info import CorpusInfo, load_begun, load_info
 from storage.errors import CorruptShard, ScholiastError, unreadable
 from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, order_names, shard_name

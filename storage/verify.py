@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from storage import manifest
-from storage.blocks import BlockReader, load_begun
+from storage.blocks import BlockReader
+from storage.corpus_info import load_begun
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
 from storage.layout import GROUP

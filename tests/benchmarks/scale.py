@@ -27,8 +27,8 @@ from safetensors.numpy import save_file
 from stages.options import StoreOptions, TeacherOptions
 from stages.teacher_jobs import TeacherJob, append_log, log_path, measured, plan_jobs, stored
 from storage import manifest
-from storage.blocks import (
-    BlockReader,
+from storage.blocks import BlockReader
+from storage.corpus_info import (
     CorpusGeneration,
     CorpusInfo,
     SourceRange,

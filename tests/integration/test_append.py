@@ -15,7 +15,8 @@ import zarr
 from conftest import Lab
 from test_interruptions import digests, kill_when, succeed
 
-from storage.blocks import BlockReader, load_info
+from storage.blocks import BlockReader
+from storage.corpus_info import load_info
 from storage.layout import GROUP
 from storage.reader import CacheReader
 

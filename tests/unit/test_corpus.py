@@ -15,7 +15,8 @@ from stages.corpus import prepare
 from stages.documents import byte_offsets, is_heldout
 from stages.options import CorpusOptions, SourceOptions
 from stages.progress import Silent
-from storage.blocks import BlockReader, load_info
+from storage.blocks import BlockReader
+from storage.corpus_info import load_info
 from storage.errors import CorpusError, CorruptShard, StaleCache
 from storage.fingerprint import HashMemo
 from storage.types import TokenBlocks

@@ -18,7 +18,8 @@ from stages.corpus import append, prepare
 from stages.options import CorpusOptions, SourceOptions
 from stages.progress import Silent
 from storage import manifest
-from storage.blocks import BlockReader, CorpusInfo, load_info, object_name
+from storage.blocks import BlockReader, object_name
+from storage.corpus_info import CorpusInfo, load_info
 from storage.errors import CorpusError, IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo
 from storage.repair import repair

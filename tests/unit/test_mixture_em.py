@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.mixture_em import Float64, calibration_blocks, fit
-from storage.blocks import CorpusInfo, SourceRange
+from storage.corpus_info import CorpusInfo, SourceRange
 from storage.types import LOG_ZERO
 
 

@@ -24,7 +24,8 @@ from stages.teacher_jobs import (
     stored,
 )
 from storage import manifest
-from storage.blocks import BlockReader, CorpusGeneration, CorpusInfo, SourceRange, stored_bytes
+from storage.blocks import BlockReader
+from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange, stored_bytes
 from storage.errors import StaleCache
 from storage.fingerprint import HashMemo, fingerprint
 from storage.orders import learn_orders

@@ -1,0 +1,184 @@
+"""A tokenised corpus as a whole: `corpus.json`, its commit, and `begun.json`, what is being prepared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage import durable, manifest
+from storage.checked import read_checked
+from storage.errors import CorpusError
+from storage.fingerprint import canonical_json, fingerprint
+from storage.generations import Generation, part_range, parts_until
+from storage.remote import Root
+from storage.types import Int64
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class SourceRange:
+    """Where one source's blocks lie. A block never mixes two sources.
+
+    Attributes:
+        domain: the name that reports group by.
+        split: "train" or "heldout".
+        first_block, blocks: the block range.
+        documents, tokens: how many of each were packed.
+    """
+
+    domain: str
+    split: str
+    first_block: int
+    blocks: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CorpusGeneration(Generation):
+    """A generation of a corpus.
+
+    Attributes:
+        sources: how many of the configured sources are packed at its end.
+        identity: fingerprint of the corpus's identity with these sources; its manifests carry it.
+    """
+
+    sources: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """What `corpus.json` states.
+
+    Attributes:
+        identity: sources, tokenizer and packing, as a nested dict.
+        fingerprint: of every token, document, offset and mask, and of how they are cut; the last
+            generation's.
+        tokenizer: the tokenizer's own fingerprint.
+        vocab_size: number of ids the tokenizer knows (largest id + 1).
+        block_length: T.
+        blocks, blocks_per_part: how many blocks there are, and the width of a part.
+        sources: in block order.
+        generations: what was packed at one time, in order; between two of them ids may be missing.
+    """
+
+    identity: dict[str, Any]
+    fingerprint: str
+    tokenizer: str
+    vocab_size: int
+    block_length: int
+    blocks: int
+    blocks_per_part: int
+    sources: tuple[SourceRange, ...]
+    generations: tuple[CorpusGeneration, ...]
+
+    @property
+    def parts(self) -> int:
+        return parts_until(self.generations, self.blocks_per_part)
+
+    @property
+    def owners(self) -> manifest.Owners:
+        """The fingerprints that the parts' manifests carry."""
+        return manifest.Owners(
+            tuple(g.first_part for g in self.generations),
+            tuple(g.identity for g in self.generations),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source.domain for source in self.sources))
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """Returns (first block, one past the last block) of a part."""
+        return part_range(self.generations, self.blocks_per_part, part)
+
+    def block_ids(self, split: str, domain: str | None = None) -> Int64:
+        """Returns the ids, int64 and ascending, of a split's blocks (of one domain if named)."""
+        ranges = [
+            np.arange(s.first_block, s.first_block + s.blocks)
+            for s in self.sources
+            if s.split == split and domain in (None, s.domain)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *ranges])
+
+    def ranges(self, split: str) -> tuple[tuple[int, int], ...]:
+        """Returns a split's blocks as (first block, how many), ascending: nothing a block."""
+        return tuple((s.first_block, s.blocks) for s in self.sources if s.split == split)
+
+    def domain_of(self, block_ids: Int64) -> Int64:
+        """Returns the index into `domains` of each block."""
+        starts = np.array([s.first_block for s in self.sources])
+        index = np.array([self.domains.index(s.domain) for s in self.sources])
+        return index[np.searchsorted(starts, block_ids, side="right") - 1]
+
+
+def save_begun(
+    root: Path, identity: dict[str, Any], generations: Sequence[tuple[int, str]]
+) -> None:
+    """Says what is being prepared, before the first part is.
+
+    Args:
+        generations: of each, how many sources there are at its end, and the fingerprint of the
+            identity with these.
+    """
+    body = {"identity": identity, "generations": generations}
+    durable.write_bytes(root / "begun.json", canonical_json(body))
+
+
+def load_begun(root: Root) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
+    """Returns (identity, generations) of what was begun at `root`, None if that cannot be told."""
+    try:
+        body = json.loads((root / "begun.json").read_bytes())
+        generations = [(int(n), str(owner)) for n, owner in body["generations"]]
+        whole = generations[-1][1] == fingerprint(body["identity"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return (body["identity"], generations) if whole else None
+
+
+def save_info(root: Path, info: CorpusInfo) -> None:
+    """Commits the whole corpus."""
+    body = {"format": FORMAT, **asdict(info)}
+    body["sha256"] = fingerprint(body)
+    durable.write_bytes(root / "corpus.json", canonical_json(body))
+
+
+def load_info(root: Root) -> CorpusInfo | None:
+    """Returns what `corpus.json` states, or None if the corpus is not complete.
+
+    Raises:
+        CorruptShard: the file's own checksum does not hold.
+        CorpusError: it was written by another version of the format.
+    """
+    path = root / "corpus.json"
+    body = read_checked(path, "prepare")
+    if body is None:
+        return None
+    if body.pop("format") != FORMAT:
+        raise CorpusError(
+            "the corpus has another format", where=path, expected=f"format {FORMAT}",
+            todo="delete the corpus folder and run `scholiast prepare` again",
+        )  # fmt: skip
+    body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
+    body["generations"] = tuple(CorpusGeneration(**g) for g in body["generations"])
+    return CorpusInfo(**body)
+
+
+def stored_bytes(root: Root, info: CorpusInfo) -> tuple[int, int]:
+    """Returns (bytes of all parts and manifests, how many parts were looked at): scaled by blocks."""
+    size, blocks, sampled = 0, 0, 0
+    for vouched, own in manifest.sampled(root, range(info.parts), info.owners):
+        size += own + sum(n for n, _ in vouched.objects.values())
+        blocks, sampled = blocks + vouched.blocks, sampled + 1
+    return size * info.blocks // max(1, blocks), sampled

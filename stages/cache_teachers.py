@@ -198,10 +198,12 @@ class _PartWriter:
         start, job = time.perf_counter(), self._job
         try:
             writer.write_part(part, arrays)
+            append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
         except Exception as error:
+            # The error is raised later, maybe only after a wait for others, who may wait for these.
             self._leases.fail(part, str(error))
+            self._leases.abandon()
             raise
-        append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
         self._outcome.written.append(part)
         self._leases.release(part)
 

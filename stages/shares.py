@@ -64,7 +64,7 @@ class Claims:
         job: the teacher's; its pending parts are the ones in question.
         leases: this process's.
         share: this task's place.
-        stop: no part is given once a signal has come.
+        stop: no part is given once a signal has come, nor once the leases are abandoned.
         outcome: told which parts are left to others.
         say: told what is waited for.
     """
@@ -141,7 +141,7 @@ class Claims:
         return self._first_seen.setdefault(part, now) == now
 
     def _stopped(self) -> bool:
-        return bool(names(self._stop.flags()))
+        return self._leases.abandoned or bool(names(self._stop.flags()))
 
     def _done(self, part: int) -> bool:
         return manifest.stands(self._job.root, part, self._owners.of(part))

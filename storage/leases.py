@@ -98,6 +98,7 @@ class Leases:
         self.folder, self.holder = root / FOLDER, holder
         self._held: set[int] = set()
         self._failed = False
+        self.abandoned = False  # by `abandon`: this process takes no more
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -191,6 +192,12 @@ class Leases:
         with contextlib.suppress(OSError):
             self._give_up(part)
         self._held.discard(part)
+
+    def abandon(self) -> None:
+        """Gives up all that is held: this process has failed and only waits to end."""
+        self.abandoned = True
+        for part in list(self._held):
+            self.drop(part)
 
     def fail(self, part: int, text: str) -> None:
         """Leaves word that this process failed on a part (the first it fails on), for `status`."""

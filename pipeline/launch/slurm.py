@@ -28,7 +28,7 @@ _FLAGS = {
 _SIGNALS = """\
 # USR1: the limit is near, or a polite preemption: save, then requeue. TERM: cancelled or preempted: save,
 # then wait to be killed, so that Slurm itself says which of the two it was.
-why=
+why= pid=
 trap 'why=${why:-USR1}; kill -USR1 "$pid" 2>/dev/null' USR1
 trap 'why=TERM; kill -USR1 "$pid" 2>/dev/null' TERM
 
@@ -39,6 +39,8 @@ echo "[scholiast] begin job=$job\
 
 _ENDING = """\
 pid=$!
+# It came during the setup; not at once, for a fork that is no work yet would lose it.
+[ -z "$why" ] || { sleep 1; kill -USR1 "$pid" 2>/dev/null; }
 while :; do wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null || break; done
 wait "$pid" 2>/dev/null; code=$?
 [ "$code" = 0 ] || [ -n "$why" ] || sleep 1  # for a signal that reached the work first
@@ -66,13 +68,15 @@ def script(work: Workspace, step: Step, call: Call, folder: Path) -> str:
     cluster = work.config.cluster
     what = f"an array of {step.tasks} tasks" if step.tasks else "one job"
     array = "%A_%a" if step.tasks else "%j"
+    logs = str(folder / "logs").replace("%", "%%")  # Slurm's own patterns begin so
     head = [
         "#!/bin/bash", f"# {step.name}: {what}. Made by `scholiast launch slurm`; edit and submit it by "
         "hand as you like.",
         f"#SBATCH --job-name={shlex.quote(f'{work.config.name}-{step.name}')}",
-        f"#SBATCH --output={folder}/logs/{step.name}-{array}.out",
+        f"#SBATCH --output={shlex.quote(f'{logs}/{step.name}-{array}.out')}",
         "#SBATCH --open-mode=append --requeue --kill-on-invalid-dep=yes",
-        f"#SBATCH --signal=B:USR1@{cluster.warning}", f"#SBATCH --chdir={call.folder}",
+        f"#SBATCH --signal=B:USR1@{cluster.warning}",
+        f"#SBATCH --chdir={shlex.quote(str(call.folder))}",
     ]  # fmt: skip
     if step.tasks:
         limit = f"%{cluster.concurrent}" if cluster.concurrent else ""
@@ -80,7 +84,7 @@ def script(work: Workspace, step: Step, call: Call, folder: Path) -> str:
     if step.name == "train":
         head.append(f"#SBATCH --nodes={step.nodes} --ntasks-per-node={step.ranks}")
     head += [f"#SBATCH {flag}" for flag in flags(step.resources)]
-    lines = [*head, "", *cluster.setup, *([""] if cluster.setup else []), _SIGNALS]
+    lines = [*head, "", _SIGNALS, *cluster.setup, *([""] if cluster.setup else [])]
     calls = [call.text(work, step, command) for command in step.command]
     lines += _ranks(calls[0]) if step.name == "train" else [f"{_in_one(calls)} &"]
     return "\n".join(lines) + "\n" + _ENDING
@@ -96,7 +100,9 @@ def _ranks(call: str) -> list[str]:
     return [
         'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
         "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}",
-        f"srun --wait=300 bash -c {shlex.quote(ranks + call)} &",
+        # srun does not take the job's own --cpus-per-task (since Slurm 22.05).
+        "srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --wait=300 \\",
+        f"  bash -c {shlex.quote(ranks + call)} &",
     ]
 
 

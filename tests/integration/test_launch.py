@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,37 @@ def test_scripts_ask_for_what_is_configured(lab: Lab, cli: Cli) -> None:
     for flag in ("--partition=large", "--gpus-per-node=4", "--mem=200G", "--exclusive"):
         assert f"#SBATCH {flag}" in two
     assert "--nodes=2 --ntasks-per-node=4" in made["train"] and "--constraint=h100" in made["train"]
+    assert "srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} " in made["train"]
     assert made["evaluate"].index(" evaluate ") < made["evaluate"].index(" report ")
+
+
+def test_a_signal_during_the_setup_is_not_lost(lab: Lab, cli: Cli, tmp_path: Path) -> None:
+    """The script itself, with a setup that is preempted: the work is told once there is any."""
+    lab.workspace().prepare()
+    fake = tmp_path / "scontrol"
+    fake.write_text(
+        '#!/bin/sh\necho "scontrol $*"; kill -9 $PPID\n'
+    )  # as a requeue ends the script
+    fake.chmod(0o755)
+    command = "python3 -c 'import signal as s; s.sigtimedwait([s.SIGUSR1], 20); exit(75)'"
+    cluster = {"tasks": 1, "setup": ["kill -USR1 $$"], "command": command}
+    assert cli("launch", "slurm", lab.write(cluster=cluster), "--cache-only").exit_code == 0
+    text = scripts(lab)["cache-one"]
+    done = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, timeout=15,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+    )  # fmt: skip
+    assert "why=USR1" in done.stdout and "scontrol requeue 7" in done.stdout
+
+
+def test_paths_may_have_spaces_and_percent_signs(lab: Lab, cli: Cli) -> None:
+    lab.workspace().prepare()
+    folder = lab.root / "my 100% run"
+    (lab.root / "run").rename(folder)
+    config = lab.write(cluster={"tasks": 1}, run_dir=str(folder))
+    assert cli("launch", "slurm", config, "--cache-only").exit_code == 0
+    text = (folder / "launch/cache-one.sbatch").read_text()
+    assert f"--output='{lab.root}/my 100%% run/launch/logs/cache-one-%A_%a.out'" in text
 
 
 def test_an_image_is_entered_by_apptainer(lab: Lab, cli: Cli) -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +252,33 @@ def test_a_signal_ends_a_task_with_75(
     assert len(set(computed(cache))) == len(computed(cache)), (
         "nothing that was written is done again"
     )
+
+
+def test_a_failed_write_gives_up_every_lease_and_waits_for_no_one(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that wait for each other's failed parts would wait for good."""
+    from storage.writer import CacheWriter
+
+    config, real = one_teacher(lab, 8, cluster={"lease": 0.6}), CacheWriter.write_part
+    last = lab.workspace(corpus__blocks_per_part=8).prepare().parts - 1
+    cache = lab.root / "run/cache/one"
+
+    def write_part(self: CacheWriter, part: int, *arguments: Any) -> Any:
+        if part == last:
+            time.sleep(0.3)  # until the other part is waited for
+            raise OSError(errno.EIO, "injected")
+        return real(self, part, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_part", write_part)
+    with Leases(cache, holder(lifetime=0.6)) as others:
+        assert others.take(1)
+        rescue = threading.Timer(20.0, others.drop, [1])
+        rescue.start()
+        result = cli("cache-teachers", config)
+        assert rescue.is_alive(), "it waited for a task that is alive"
+        rescue.cancel()
+        assert result.exit_code != 0 and [x.part for x in leases.leases(cache)] == [1]
 
 
 # -- a shared folder that fails at times

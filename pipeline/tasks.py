@@ -52,7 +52,9 @@ def find_task(task: int | None, tasks: int | None, env: Mapping[str, str]) -> Ta
             "there is no such task", where="--task", expected=f"0 to {count - 1}", found=index,
             todo="count from 0",
         )  # fmt: skip
-    return Task(index, count, source, job_name(env))
+    job = job_name(env)
+    # Two `srun`s in one allocation have every number in common, but not the task.
+    return Task(index, count, source, job and f"{job}.{index}of{count}")
 
 
 def _of_environment(env: Mapping[str, str]) -> tuple[int | None, int | None, str]:
@@ -71,7 +73,10 @@ def _of_environment(env: Mapping[str, str]) -> tuple[int | None, int | None, str
 
 
 def job_name(env: Mapping[str, str]) -> str | None:
-    """Returns the scheduler's name of this task: a requeued one, or a pod's successor, has the same."""
+    """Returns the scheduler's name of this process: a requeued one, or a pod's successor, has the same.
+
+    Up to the first point it is the job's.
+    """
     name = env.get("SCHOLIAST_JOB") or env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID")
     if not name:
         return None

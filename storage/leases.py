@@ -37,7 +37,9 @@ class Holder:
     """Who holds a lease.
 
     Attributes:
-        host, pid, started: the process; `started` tells it from a later one of the same number.
+        host: its name, with the boot and the process-id namespace that `pid` counts in: containers may
+            have a host's name in common, and machines one.
+        pid, started: the process; `started` tells it from a later one of the same number.
         job: the scheduler's name of the task, the same after a requeue; None without a scheduler.
         lifetime: seconds without a touch after which its leases are anyone's.
         token: of this object alone.
@@ -55,7 +57,7 @@ class Holder:
     @classmethod
     def here(cls, job: str | None, lifetime: float) -> Holder:
         """Returns this process."""
-        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, job, lifetime)
+        return cls(_host(), os.getpid(), _started(os.getpid()) or 0, job, lifetime)
 
     def succeeds(self, other: Holder) -> bool:
         """Returns whether the other is known to be gone: a dead process, this task before a requeue."""
@@ -297,6 +299,14 @@ def _holder(path: Path) -> Holder | None:
         return Holder(**{f.name: body[f.name] for f in fields(Holder)})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # gone, or not written yet
+
+
+def _host() -> str:
+    words = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # where there is no /proc the name must do
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        words.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(words)
 
 
 def _started(pid: int) -> int | None:

@@ -228,7 +228,31 @@ def test_logs_tell_why_a_task_failed(
     assert ended.tail == tuple(text[text.rfind("[scholiast] begin") :].splitlines())
 
 
-def test_what_is_queued_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["", "[scholiast] end code=138 why=USR1\n"])
+def test_what_is_queued_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     monkeypatch.setattr("pipeline.launch.logs._queued", lambda: {"7_3"})
-    (tmp_path / "cache-one-7_3.out").write_text("[scholiast] begin\n")
+    (tmp_path / "cache-one-7_3.out").write_text(f"[scholiast] begin\n{end}")
+    (tmp_path / "local-0.out").write_text(end)  # a worker of a pool is in no queue
     assert failed_tasks(tmp_path, {"cache-one"}) == []
+    monkeypatch.setattr("pipeline.launch.logs._queued", set)
+    assert [one.task for one in failed_tasks(tmp_path, {"cache-one"})] == ["7_3"]
+
+
+def test_the_evaluation_waits_for_the_caches_where_nothing_is_trained(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.launch import steps
+
+    lab.workspace().prepare()
+    real = steps.make_plan
+
+    def trained(work: Any, flops: float) -> Any:
+        rows, *rest = real(work, flops)
+        return [row for row in rows if not row.step.startswith("train ")], *rest
+
+    monkeypatch.setattr(steps, "make_plan", trained)
+    lab.config["cluster"] = {"tasks": 1}
+    *caches, evaluate = steps.missing_steps(lab.workspace())[0]
+    assert evaluate.after == tuple(step.name for step in caches) != ()

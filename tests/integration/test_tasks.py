@@ -77,6 +77,8 @@ def test_a_requeued_task_has_the_same_name() -> None:
     other = find_task(None, None, {**env, "SLURM_ARRAY_TASK_ID": "2"})
     assert isinstance(first, Task) and isinstance(again, Task) and isinstance(other, Task)
     assert first.job == again.job != other.job
+    steps = [find_task(one, 2, {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) for one in (0, 1)]
+    assert steps[0] and steps[1] and steps[0].job != steps[1].job, "two `srun`s of one allocation"
 
 
 # -- leases
@@ -122,11 +124,14 @@ def test_a_lease_of_the_same_job_or_of_a_dead_process_is_taken_at_once(tmp_path:
     assert Leases(tmp_path, holder("node2", job="7.0")).take(0), "requeued on another node"
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    dead = Holder(os.uname().nodename, child.pid, 1, None, 60.0)
     alive = Holder.here("9.0", 60.0)
+    dead = Holder(alive.host, child.pid, 1, None, 60.0)
     assert Leases(tmp_path, dead).take(2) and Leases(tmp_path, alive).take(2)
     twin = Holder.here("9.0", 60.0)
     assert not Leases(tmp_path, twin).take(2), "the same job, and its process is alive"
+    contained = Holder(os.uname().nodename, 1, 5, None, 60.0)
+    assert Leases(tmp_path, contained).take(3)
+    assert not Leases(tmp_path, alive).take(3), "of the same name, but its processes are not ours"
 
 
 def test_leases_are_touched_while_they_are_held(tmp_path: Path) -> None:

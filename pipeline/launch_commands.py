@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.command_options import open_workspace, run_options
+from storage.errors import ScholiastError
 
 if TYPE_CHECKING:
     from pipeline.tasks import Task
@@ -114,4 +115,10 @@ def local(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, work
 
     work, _ = open_workspace(config, overrides, quiet)
     run_pool(work, Call.here(config, overrides), workers)
+    if left := sum(len(job.pending) for job in work.jobs(work.prepare())):
+        raise ScholiastError(
+            f"the pool has ended, and {left} parts are not finished",
+            where=work.config.cache_folder, found="other processes at work on them",
+            todo="run the same command again when they have ended",
+        )  # fmt: skip
     click.echo(f"cache complete: {len(work.config.teachers)} teachers, {workers} tasks")

@@ -14,10 +14,11 @@ from stages.stop import StopSignals, names
 from stages.teacher_jobs import TeacherJob
 from storage import manifest
 from storage.durable import patiently
-from storage.leases import Leases
+from storage.leases import Lease, Leases
 from storage.writer import owners
 
 _RELIST = 10.0  # seconds that a listing of what is done is believed, once a part was found done
+_FEW = 10  # parts that are looked at every second; more are a load for a file server
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Claims:
                     done = self._list()
                     todo = [one for one in todo if one not in done]
             elif not self._leases.take(part):
-                self._sight(part)
+                if lease := self._leases.look(part):
+                    self._sight(lease)
                 others.append(part)
             elif self._done(part):  # finished between the two looks
                 self._leases.release(part)
@@ -109,18 +111,20 @@ class Claims:
         """Waits until a part of others may be tried again, and returns it with those still unclear.
 
         A lease that was touched since it was first seen is its holder's, which is left to it (or waited
-        for). One that is not touched expires.
+        for) if it is of the same job: what comes after this job would not wait for another one's. One
+        that is not touched expires.
         """
-        pause, said = min(1.0, self._leases.interval / 2), False
+        pause, said = self._leases.interval / 2, False
         while parts and not self._stopped():
             unclear: list[int] = []
-            for part in parts:
+            now = self._leases.now()
+            for at, part in enumerate(parts):
                 if self._done(part):
                     continue
-                lease = self._leases.look(part)
+                lease = self._leases.look(part, now)
                 if lease is None or self._leases.free(lease):
-                    return [part, *unclear, *parts[parts.index(part) + 1 :]]
-                if self._share.wait or self._sight(part):
+                    return [part, *unclear, *parts[at + 1 :]]
+                if self._share.wait or self._sight(lease) or not self._sibling(lease):
                     unclear.append(part)
                 else:
                     self._outcome.left.append(part)
@@ -129,16 +133,17 @@ class Claims:
                 said = True
                 self._say(f"cache {self._job.name}: waiting for {len(parts)} parts of other tasks")
             if parts:
-                time.sleep(pause)
+                time.sleep(pause if len(parts) > _FEW else min(1.0, pause))
         return []
 
-    def _sight(self, part: int) -> bool:
-        """Returns whether a part's lease has not been touched since it was first seen."""
-        lease = self._leases.look(part)
-        if lease is None:
-            return True
+    def _sight(self, lease: Lease) -> bool:
+        """Returns whether a lease has not been touched since it was first seen."""
         now = (lease.holder, lease.touched)
-        return self._first_seen.setdefault(part, now) == now
+        return self._first_seen.setdefault(lease.part, now) == now
+
+    def _sibling(self, lease: Lease) -> bool:
+        """Returns whether a lease is held by a task of the same job, or both are of none."""
+        return lease.holder is not None and _job(lease.holder.job) == _job(self._share.job)
 
     def _stopped(self) -> bool:
         return self._leases.abandoned or bool(names(self._stop.flags()))
@@ -153,6 +158,10 @@ class Claims:
             self._job.root,
         )
         return set(done.tolist())
+
+
+def _job(task: str | None) -> str | None:
+    return task and task.split(".")[0]
 
 
 class Dropped(Exception):

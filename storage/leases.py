@@ -169,15 +169,28 @@ class Leases:
         gone = lease.holder is not None and self.holder.succeeds(lease.holder)
         return gone or lease.expired
 
-    def look(self, part: int) -> Lease | None:
+    def now(self) -> int:
+        """Returns the file system's time, ns, for many looks.
+
+        Raises:
+            DiskFull, FailingFolder
+        """
+        with durable.disk_errors(self.folder):
+            return durable.patiently(lambda: clock(self.folder), self.folder)
+
+    def look(self, part: int, now: int | None = None) -> Lease | None:
         """Returns what is seen of a part's lease; None if there is none.
+
+        Args:
+            part: which.
+            now: from `now`; if not given the file system is asked.
 
         Raises:
             DiskFull, FailingFolder
         """
 
         def look() -> Lease | None:
-            return _look(self.folder, part, clock(self.folder))
+            return _look(self.folder, part, clock(self.folder) if now is None else now)
 
         with durable.disk_errors(self.folder):
             return durable.patiently(look, self.folder)

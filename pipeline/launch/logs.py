@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-BEGIN, END = "[scholiast] begin", "[scholiast] end"
+BEGIN, END, SPENT = "[scholiast] begin", "[scholiast] end", "[scholiast] spent"
 _NAME = re.compile(r"(?P<step>.+)-(?P<job>\d+)(_(?P<task>\d+))?\.out")
 _CODE = re.compile(re.escape(END) + r" code=(\d+)")
 _MEMORY = re.compile(
@@ -88,7 +88,7 @@ def _judge(step: str, task: str, path: Path, queued: set[str] | None) -> Ended |
     code = _CODE.search(last)
     number = int(code[1]) if code else None
     busy = step == "local" or queued is None or task in queued
-    if number in (0, _SAVED) or (busy and number in (None, *_SIGNALLED)):
+    if SPENT not in last and (number in (0, _SAVED) or (busy and number in (None, *_SIGNALLED))):
         return None  # done, saved for a requeue, or as far as can be told still at work or requeued
     reason, todo = _why(step, number, last)
     return Ended(step, task, number, reason, todo, str(path), tuple(last.splitlines()[-_TAIL:]))
@@ -103,6 +103,12 @@ def _why(step: str, code: int | None, text: str) -> tuple[str, str]:
         else "lower train.batch_blocks (and raise train.accumulate) or loss.chunk_bytes, set "
         f"train.gradient_checkpointing: true, or raise cluster.{step}.memory"
     )
+    if SPENT in text:
+        return (
+            "requeued as often as cluster.restarts allows, and not finished",
+            f"if nothing was finished in between, raise cluster.{'teachers.' if name != step else ''}"
+            f"{name}.time; launch again",
+        )
     if _MEMORY.search(text):
         return "out of memory", f"{less}; then launch again"
     if code == _KILLED:

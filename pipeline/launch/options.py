@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.options import Count, Options, Positive
 
@@ -29,6 +29,17 @@ class Resources(Options):
         None, description="Container image: a file for Apptainer, a name for Kubernetes."
     )
     extra: tuple[str, ...] = Field((), description="More #SBATCH options, e.g. --reservation=x.")
+
+    @property
+    def seconds(self) -> int | None:
+        """`time` in seconds; None where there is no limit (Slurm takes 0 for none)."""
+        if self.time is None:
+            return None
+        days, dash, rest = self.time.rpartition("-")
+        numbers = [int(one) for one in rest.split(":")]
+        units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+        first = sum(a * b for a, b in zip(numbers, units, strict=False))
+        return int(days or 0) * 86400 + first or None
 
     def over(self, other: Resources) -> Resources:
         """Returns these laid over others: what is given here wins."""
@@ -68,6 +79,9 @@ class ClusterOptions(Options):
     warning: Count = Field(
         120, description="Seconds before the time limit at which jobs are told to save."
     )
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        50, description="How often a job requeues itself; more, and it is not getting on."
+    )
     claim: str = Field(
         "scholiast", description="Kubernetes: the volume claim that all pods share, mounted at the "
         "folder of the launch.",
@@ -79,6 +93,23 @@ class ClusterOptions(Options):
         30.0,
         description="Seconds a part may still take once a signal has come; else it is dropped.",
     )
+
+    @model_validator(mode="after")
+    def _saving_fits(self) -> Self:
+        all_of_them = (
+            self.defaults,
+            self.prepare,
+            *self.teachers.values(),
+            self.train,
+            self.evaluate,
+        )
+        for resources in all_of_them:
+            if resources.seconds is not None and resources.seconds <= self.warning:
+                raise ValueError(
+                    f"time {resources.time} is not longer than warning ({self.warning} s): jobs would "
+                    "only save and be requeued"
+                )
+        return self
 
     @field_validator("setup")
     @classmethod

@@ -47,7 +47,12 @@ wait "$pid" 2>/dev/null; code=$?
 echo "[scholiast] end code=$code why=${why:-none} at $(date +%FT%T)"
 case "$code:$why" in
   0:*) exit 0 ;;
-  75:USR1 | 138:USR1 | 143:USR1) scontrol requeue "$SLURM_JOB_ID"; sleep 600 & wait $! ;;
+  75:USR1 | 138:USR1 | 143:USR1)
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "$restarts" ]; then
+      echo "[scholiast] spent: restarted ${SLURM_RESTART_COUNT:-0} times (cluster.restarts)"
+      exit 75
+    fi
+    scontrol requeue "$SLURM_JOB_ID"; sleep 600 & wait $! ;;
   75:TERM | 138:TERM | 143:TERM) while :; do sleep 1; done ;;
 esac
 exit "$code"
@@ -84,9 +89,15 @@ def script(work: Workspace, step: Step, call: Call, folder: Path) -> str:
     if step.name == "train":
         head.append(f"#SBATCH --nodes={step.nodes} --ntasks-per-node={step.ranks}")
     head += [f"#SBATCH {flag}" for flag in flags(step.resources)]
-    lines = [*head, "", _SIGNALS, *cluster.setup, *([""] if cluster.setup else [])]
+    lines = [*head, "", _SIGNALS]
+    if step.name == "train":
+        lines.append(
+            "unset MASTER_ADDR MASTER_PORT  # the submitting shell's; the setup may set them"
+        )
+    lines += [*cluster.setup, *([""] if cluster.setup else [])]
     calls = [call.text(work, step, command) for command in step.command]
     lines += _ranks(calls[0]) if step.name == "train" else [f"{_in_one(calls)} &"]
+    lines.append(f"restarts={cluster.restarts}")
     return "\n".join(lines) + "\n" + _ENDING
 
 
@@ -99,7 +110,7 @@ def _ranks(call: str) -> list[str]:
     ranks = "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "
     return [
         'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
-        "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}",
+        "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}",  # below those for clients
         # srun does not take the job's own --cpus-per-task (since Slurm 22.05).
         "srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --wait=300 \\",
         f"  bash -c {shlex.quote(ranks + call)} &",

@@ -128,15 +128,24 @@ def _cache_step(
         )  # fmt: skip
     tasks = cluster.tasks or math.ceil((row.seconds or 0.0) / (60.0 * cluster.task_minutes))
     tasks = max(1, min(tasks, pending, cluster.max_array))
-    if row.seconds is not None:
-        notes.extend(_advice(name, row.seconds, pending, tasks))
     resources = cluster.teachers.get(name, Resources()).over(cluster.defaults)
+    if row.seconds is not None:
+        limit = resources.seconds and resources.seconds - cluster.warning
+        notes.extend(_advice(name, row.seconds, pending, tasks, limit))
     command = ("cache-teachers", "--teacher", name)
     return Step(f"cache-{name}", (command,), resources, after, tasks, pending=pending)
 
 
-def _advice(name: str, seconds: float, pending: int, tasks: int) -> list[str]:
-    """Returns what a user should know of how the work is cut: parts are the corpus's."""
+def _advice(name: str, seconds: float, pending: int, tasks: int, limit: float | None) -> list[str]:
+    """Returns what a user should know of how the work is cut: parts are the corpus's.
+
+    Args:
+        name: the teacher's.
+        seconds: of all that is pending.
+        pending: parts.
+        tasks: of the array.
+        limit: seconds until a task is told to save.
+    """
     each = seconds / max(1, pending)
     told = [
         f"cache {name}: {pending:,} parts of about {duration(each)} in {tasks} tasks of about "
@@ -144,6 +153,11 @@ def _advice(name: str, seconds: float, pending: int, tasks: int) -> list[str]:
     ]
     if each > _LONG_PART:
         told.append("  a part is what a kill may cost: prepare with fewer corpus.blocks_per_part")
+    if limit is not None and each > limit:
+        told.append(
+            f"  a task would be told to save before it has finished a part: raise "
+            f"cluster.teachers.{name}.time, or prepare with fewer corpus.blocks_per_part"
+        )
     if each < _SHORT_PART and pending > 1000:
         told.append("  parts are short: prepare with more corpus.blocks_per_part")
     return told

@@ -15,6 +15,7 @@ from conftest import Lab, digests
 from jsonschema import Draft202012Validator
 
 from pipeline.launch.logs import failed_tasks
+from pipeline.launch.options import Resources
 
 Cli = Callable[..., Any]
 
@@ -57,8 +58,20 @@ def test_scripts_ask_for_what_is_configured(lab: Lab, cli: Cli) -> None:
     assert made["evaluate"].index(" evaluate ") < made["evaluate"].index(" report ")
 
 
-def test_a_signal_during_the_setup_is_not_lost(lab: Lab, cli: Cli, tmp_path: Path) -> None:
-    """The script itself, with a setup that is preempted: the work is told once there is any."""
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3", 180), ("2:30", 150), ("1:00:05", 3605), ("1-2", 93600), ("1-2:03", 93780), ("0", None)],
+)
+def test_time_is_read_as_slurm_reads_it(text: str, seconds: int | None) -> None:
+    assert Resources(time=text).seconds == seconds
+
+
+@pytest.mark.parametrize("restart", [1, 2])
+def test_a_signal_during_the_setup_is_not_lost(
+    lab: Lab, cli: Cli, tmp_path: Path, restart: int
+) -> None:
+    """The script itself, with a setup that is preempted: the work is told once there is any. It is
+    requeued but for so often."""
     lab.workspace().prepare()
     fake = tmp_path / "scontrol"
     fake.write_text(
@@ -66,14 +79,16 @@ def test_a_signal_during_the_setup_is_not_lost(lab: Lab, cli: Cli, tmp_path: Pat
     )  # as a requeue ends the script
     fake.chmod(0o755)
     command = "python3 -c 'import signal as s; s.sigtimedwait([s.SIGUSR1], 20); exit(75)'"
-    cluster = {"tasks": 1, "setup": ["kill -USR1 $$"], "command": command}
+    cluster = {"tasks": 1, "restarts": 2, "setup": ["kill -USR1 $$"], "command": command}
     assert cli("launch", "slurm", lab.write(cluster=cluster), "--cache-only").exit_code == 0
     text = scripts(lab)["cache-one"]
     done = subprocess.run(
         ["bash", "-c", text], capture_output=True, text=True, timeout=15,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+             "SLURM_RESTART_COUNT": str(restart)},
     )  # fmt: skip
-    assert "why=USR1" in done.stdout and "scontrol requeue 7" in done.stdout
+    assert "why=USR1" in done.stdout and ("scontrol requeue 7" in done.stdout) == (restart < 2)
+    assert ("[scholiast] spent" in done.stdout and done.returncode == 75) == (restart == 2)
 
 
 def test_paths_may_have_spaces_and_percent_signs(lab: Lab, cli: Cli) -> None:
@@ -108,6 +123,8 @@ def test_tasks_come_from_the_plan(lab: Lab, cli: Cli) -> None:
     assert tasks() == 1
     assert tasks(flops=1.0) == parts
     assert tasks(flops=1.0, max_array=3) == 3
+    result = cli("launch", "slurm", lab.write(cluster={"flops": 1.0, "defaults": {"time": "3"}}))
+    assert "told to save before it has finished a part" in result.output
     some = tasks(flops=1e4)
     assert 1 < some < parts and tasks(flops=1e4, task_minutes=120) < some
 
@@ -124,6 +141,7 @@ def test_unprepared_a_job_prepares_first(lab: Lab, cli: Cli) -> None:
         ({"teachers": {"three": {}}}, "names no teacher"),
         ({"partitoin": "x"}, "unknown key"),
         ({"defaults": {"time": "soon"}}, "cluster.defaults.time"),
+        ({"train": {"time": "2"}, "warning": 120}, "is not longer than warning"),
     ],
 )
 def test_the_section_is_strict(lab: Lab, cli: Cli, cluster: dict[str, Any], told: str) -> None:
@@ -179,6 +197,14 @@ def test_a_local_pool_does_what_one_process_does(lab: Lab, cli: Cli) -> None:
     assert digests(lab.root / "run/cache") == digests(lab.root / "alone")
 
 
+def test_a_pool_that_leaves_parts_does_not_call_the_cache_complete(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.launch.local.run_pool", lambda *_: None)
+    result = cli("launch", "local", lab.write(), "--workers", 1)
+    assert result.exit_code == 1 and "parts are not finished" in result.output
+
+
 def test_a_failed_worker_is_shown_with_the_end_of_its_log(lab: Lab, cli: Cli) -> None:
     config = lab.write()
     lab.workspace().prepare()
@@ -208,6 +234,8 @@ def test_a_failed_worker_is_shown_with_the_end_of_its_log(lab: Lab, cli: Cli) ->
          " TO TIME LIMIT ***\n", None, "due to time limit", "again"),
         ("[scholiast] begin\nerror: no GPU is visible\n[scholiast] end code=2 why=none\n", 2,
          "exit code 2", "mend"),
+        ("[scholiast] begin\n[scholiast] end code=75 why=USR1\n[scholiast] spent: 50 times\n", 75,
+         "cluster.restarts", "cluster.teachers.one.time"),
     ],
 )  # fmt: skip
 def test_logs_tell_why_a_task_failed(

@@ -194,6 +194,25 @@ def test_a_part_of_a_living_task_is_left_to_it(lab: Lab, cli: Cli) -> None:
     assert (row["running"], row["failed"], row["stale"]) == (0, 1, 0)
 
 
+def test_a_part_of_another_job_is_waited_for(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after this job would begin without it."""
+    config = one_teacher(lab, 8, cluster={"lease": 0.6})
+    lab.workspace().prepare()
+    cache = lab.root / "run/cache/one"
+    monkeypatch.setenv("SCHOLIAST_JOB", "9")
+    with (
+        Leases(cache, holder("a", "8.0", lifetime=0.6)) as others,
+        Leases(cache, holder("b", "9.1", lifetime=0.6)) as sibling,
+    ):
+        assert others.take(2) and sibling.take(3)
+        threading.Timer(2.5, others.drop, [2]).start()
+        result = cli("cache-teachers", config, "--task", 0, "--tasks", 1)
+        assert result.exit_code == 0 and "1 left to tasks" in result.output
+        assert computed(cache)[-1] == 2 and 3 not in computed(cache)
+
+
 def test_a_dead_task_of_another_host_is_waited_for(lab: Lab, cli: Cli) -> None:
     config = one_teacher(lab, 8, cluster={"lease": 1.2})
     lab.workspace().prepare()

@@ -71,8 +71,8 @@ def slurm(
         for step in steps:
             click.echo(f"{step.name}: {paths[step.name]}")
         return
-    for name, (job, new) in submit(work, steps, paths).items():
-        click.echo(f"{name}: job {job} {'submitted' if new else 'is in the queue already'}")
+    for name, told in submit(work, steps, paths).items():
+        click.echo(f"{name}: {told}")
 
 
 @launch.command()

@@ -6,6 +6,8 @@ begins in a stretch of its own and helps with what is left. Wherever it looks, m
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +104,7 @@ class Claims:
                 if lease := self._leases.look(part):
                     self._sight(lease)
                 others.append(part)
-            elif self._done(part):  # finished between the two looks
+            elif self._done_by_now(part):  # finished between the two looks
                 self._leases.release(part)
             else:
                 yield part
@@ -150,6 +152,17 @@ class Claims:
 
     def _done(self, part: int) -> bool:
         return manifest.stands(self._job.root, part, self._owners.of(part))
+
+    def _done_by_now(self, part: int) -> bool:
+        """Looks again; an NFS client asks anew for a missing entry only once the folder was opened."""
+        folder = self._job.local_root / "manifests"
+
+        def reopen() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.close(os.open(folder, os.O_RDONLY))
+
+        patiently(reopen, folder)
+        return self._done(part)
 
     def _list(self) -> set[int]:
         self._listed = time.monotonic()

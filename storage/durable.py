@@ -112,8 +112,15 @@ def _locked(fd: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+    return _stands(fd, path)
+
+
+def _stands(fd: int, path: Path) -> bool:
+    """Returns whether an open file is the one at `path`: an NFS client may believe in an old entry, but
+    knows of a file that it has removed, or was told is gone, that it has no links."""
     with contextlib.suppress(FileNotFoundError):
-        return os.stat(path).st_ino == os.fstat(fd).st_ino
+        found = os.fstat(fd)
+        return found.st_nlink > 0 and os.stat(path).st_ino == found.st_ino
     return False
 
 
@@ -138,9 +145,8 @@ def claimed(path: Path) -> Iterator[None]:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
                 raise BlockingIOError(error.errno, holder) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                break
+        if _stands(fd, path):
+            break
         os.close(fd)  # its former holder removed it just now
     try:
         with disk_errors(path):

@@ -263,12 +263,15 @@ def clock(folder: Path) -> int:
 
 def leases(root: Path) -> list[Lease]:
     """Returns the leases of a cache, by part; their ages by this host's clock where the folder cannot be
-    written to."""
+    written to: not one's own, a read-only mount, a full disk or quota."""
     folder = root / FOLDER
     parts = sorted(int(name) for name in _names(folder) if name.isdigit())
     if not parts:
         return []
-    now = clock(folder) if os.access(folder, os.W_OK) else time.time_ns()
+    try:
+        now = clock(folder)
+    except OSError:
+        now = time.time_ns()
     found = (_look(folder, part, now) for part in parts)
     return [lease for lease in found if lease is not None]
 
@@ -298,20 +301,30 @@ def _name(part: int) -> str:
 
 
 def _look(folder: Path, part: int, now: int) -> Lease | None:
-    path = folder / _name(part)
     try:
-        touched = path.stat().st_mtime_ns
+        fd = os.open(folder / _name(part), os.O_RDONLY)
     except FileNotFoundError:
         return None
-    return Lease(part, _holder(path), touched, (now - touched) / 1e9)
+    with os.fdopen(
+        fd, "rb"
+    ) as file:  # opened first: an NFS client then asks the server for its times
+        holder, touched = _understood(file.read()), os.fstat(fd).st_mtime_ns
+    return Lease(part, holder, touched, (now - touched) / 1e9)
 
 
 def _holder(path: Path) -> Holder | None:
     try:
-        body = json.loads(path.read_bytes())
+        return _understood(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _understood(data: bytes) -> Holder | None:
+    try:
+        body = json.loads(data)
         return Holder(**{f.name: body[f.name] for f in fields(Holder)})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # gone, or not written yet
+    except (ValueError, KeyError, TypeError):
+        return None  # not written yet
 
 
 def _host() -> str:

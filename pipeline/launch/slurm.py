@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pipeline.launch.logs import failed_tasks
 from pipeline.launch.options import Resources
 from pipeline.launch.steps import Call, Step, launch_folder
 from pipeline.workspace import Workspace
@@ -124,13 +125,13 @@ def flags(resources: Resources) -> list[str]:
     return [*named, *resources.extra]
 
 
-def submit(
-    work: Workspace, steps: list[Step], paths: dict[str, Path]
-) -> dict[str, tuple[str, bool]]:
+def submit(work: Workspace, steps: list[Step], paths: dict[str, Path]) -> dict[str, str]:
     """Submits what is not queued already, each step after those that it needs.
 
+    What would wait for a job that has a failed task already is not submitted: it would be removed.
+
     Returns:
-        step → (job id, whether it was submitted just now).
+        step → what was done, for people.
 
     Raises:
         ConfigError: there is no Slurm here.
@@ -141,17 +142,37 @@ def submit(
             "there is no sbatch here", where="--submit",
             todo="run this where jobs are submitted, or submit the scripts there by hand",
         )  # fmt: skip
-    queued, jobs = queued_jobs(work), {}
+    queued, told = queued_jobs(work), {}
+    jobs: dict[str, str] = {}
+    doomed = _with_failed_tasks(work, queued)  # step → the job that has failed before it
     for step in steps:
+        bad = next((doomed[name] for name in step.after if name in doomed), None)
         if step.name in queued:
-            jobs[step.name] = (queued[step.name], False)
-            continue
-        needed = [jobs[name][0] for name in step.after if name in jobs]
-        after = [f"--dependency=afterok:{':'.join(needed)}"] if needed else []
-        job = _run(["sbatch", "--parsable", *after, str(paths[step.name])], paths[step.name])
-        jobs[step.name] = (job.split(";")[0].strip(), True)
-        _remember(work, step.name, jobs[step.name][0])
-    return jobs
+            jobs[step.name] = queued[step.name]
+            told[step.name] = f"job {jobs[step.name]} is in the queue already"
+        elif bad is not None:
+            doomed[step.name] = bad
+            told[step.name] = (
+                f"not submitted, for a task of job {bad} has failed: launch again when it has ended"
+            )
+        else:
+            jobs[step.name] = _submit(step, paths[step.name], jobs)
+            told[step.name] = f"job {jobs[step.name]} submitted"
+            _remember(work, step.name, jobs[step.name])
+    return told
+
+
+def _submit(step: Step, path: Path, jobs: dict[str, str]) -> str:
+    needed = [jobs[name] for name in step.after if name in jobs]
+    after = [f"--dependency=afterok:{':'.join(needed)}"] if needed else []
+    return _run(["sbatch", "--parsable", *after, str(path)], path).split(";")[0].strip()
+
+
+def _with_failed_tasks(work: Workspace, queued: dict[str, str]) -> dict[str, str]:
+    """Returns which queued jobs have a failed task, by their logs: step → job id."""
+    ended = failed_tasks(work.config.run / "launch" / "logs", set(queued))
+    failed = {(one.step, one.task.split("_")[0]) for one in ended}
+    return {step: job for step, job in queued.items() if (step, job) in failed}
 
 
 def queued_jobs(work: Workspace) -> dict[str, str]:

@@ -158,6 +158,33 @@ def test_without_slurm_submitting_is_refused(
     assert result.exit_code == 2 and "no sbatch here" in result.output
 
 
+def test_nothing_is_submitted_after_a_job_that_has_failed_already(
+    lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One task of the queued array 7 has failed: what waits for it would be removed."""
+    lab.workspace().prepare()
+    queue = 'case "$*" in *%K*) echo 7_1;; *) echo 7;; esac'
+    for name, body in (("sbatch", 'echo "8;x"; echo "$*" >> calls'), ("squeue", queue)):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd {tmp_path}; {body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    logs = lab.root / "run/launch/logs"
+    logs.mkdir(parents=True)
+    (logs.parent / "jobs.json").write_text('{"cache-one": "7"}')
+    config = lab.write(cluster={"tasks": 2})
+    (logs / "cache-one-7_1.out").write_text("[scholiast] begin\n")
+    result = cli("launch", "slurm", config, "--submit")
+    assert "cache-one: job 7 is in the queue already" in result.output
+    assert "evaluate: job 8 submitted" in result.output
+    assert (tmp_path / "calls").read_text().count("afterok:7") == 1, "the training"
+    (logs.parent / "jobs.json").write_text('{"cache-one": "7"}')
+    (logs / "cache-one-7_0.out").write_text("[scholiast] begin\n[scholiast] end code=1\n")
+    result = cli("launch", "slurm", config, "--submit")
+    assert "cache-two: job 8 submitted" in result.output
+    for step in ("train", "evaluate"):
+        assert f"{step}: not submitted, for a task of job 7 has failed" in result.output
+
+
 def test_manifests_are_jobs_as_kubernetes_wants_them(lab: Lab, cli: Cli) -> None:
     lab.workspace().prepare()
     cluster = {**CLUSTER, "train": {"ranks": 2}}

@@ -143,6 +143,19 @@ def test_leases_are_touched_while_they_are_held(tmp_path: Path) -> None:
         assert first and now and now.touched > first.touched and not now.expired
 
 
+def test_leases_are_shown_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Leases(tmp_path, holder("a")).take(0)
+
+    def full(folder: Path) -> int:
+        raise OSError(errno.EDQUOT, "injected")
+
+    monkeypatch.setattr(leases, "clock", full)
+    [lease] = leases.leases(tmp_path)
+    assert lease.part == 0 and not lease.expired
+
+
 def test_leases_are_no_content(lab: Lab, cli: Cli) -> None:
     config = one_teacher(lab, 8)
     assert cli("cache-teachers", config).exit_code == 0

@@ -67,7 +67,10 @@ test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, sta
 
 test-cluster: $(BIN)/.installed-test  ## real jobs on a private two-node Slurm on loopback (Debian; as root, to install it)
 	PATH=$$PATH:/usr/sbin; { command -v slurmctld && command -v slurmd && command -v sbatch && \
-	  command -v munged; } > /dev/null || { apt-get update -qq && \
+	  command -v munged; } > /dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null || { \
+	    echo "test-cluster needs slurmctld, slurmd, sbatch, munged: install them, or run as root on Debian" >&2; \
+	    exit 1; }; apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 	$(BIN)/python -m pytest -n 0 tests/cluster
 

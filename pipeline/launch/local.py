@@ -41,6 +41,8 @@ def run_pool(work: Workspace, call: Call, workers: int) -> None:
     before = {each: signal.signal(each, forward) for each in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         for index in range(workers):
+            if told:  # those that run know; no more are begun
+                break
             words = ["cache-teachers", "--task", str(index), "--tasks", str(workers)]
             path = logs / f"local-{index}.out"
             with path.open("wb") as output:

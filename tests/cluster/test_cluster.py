@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ def slurm() -> Iterator[PrivateSlurm]:
     """Started once; stopped by its own process ids whatever happens, SIGTERM to pytest included."""
     root = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = PrivateSlurm(root)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 143))
     try:
         cluster.start()
         yield cluster

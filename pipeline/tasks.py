@@ -52,7 +52,8 @@ def find_task(task: int | None, tasks: int | None, env: Mapping[str, str]) -> Ta
             "there is no such task", where="--task", expected=f"0 to {count - 1}", found=index,
             todo="count from 0",
         )  # fmt: skip
-    return Task(index, count, source, job_name(env))
+    job = job_name(env)  # several tasks may run in one job
+    return Task(index, count, source, job and f"{job}.{index}of{count}")
 
 
 def _of_environment(env: Mapping[str, str]) -> tuple[int | None, int | None, str]:

@@ -198,10 +198,13 @@ class _PartWriter:
         start, job = time.perf_counter(), self._job
         try:
             writer.write_part(part, arrays)
+            append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
         except Exception as error:
+            # The teacher's thread may be waiting for others: they must not wait for this task's parts,
+            # of which none will be written any more.
             self._leases.fail(part, str(error))
+            self._leases.abandon()
             raise
-        append_log(job.local_root, {**row, "write_seconds": time.perf_counter() - start})
         self._outcome.written.append(part)
         self._leases.release(part)
 

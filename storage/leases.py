@@ -40,6 +40,7 @@ class Holder:
         host, pid, started: the process; `started` tells it from a later one of the same number.
         job: the scheduler's name of the task, the same after a requeue; None without a scheduler.
         lifetime: seconds without a touch after which its leases are anyone's.
+        space: of process numbers, the same for all that see each other's.
         token: of this object alone.
         since: its own clock when it began, seconds since 1970; for people.
     """
@@ -49,6 +50,7 @@ class Holder:
     started: int
     job: str | None
     lifetime: float
+    space: str = field(default_factory=lambda: _space())
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     since: float = field(default_factory=time.time)
 
@@ -59,7 +61,7 @@ class Holder:
 
     def succeeds(self, other: Holder) -> bool:
         """Returns whether the other is known to be gone: a dead process, this task before a requeue."""
-        if self.host == other.host:
+        if (self.host, self.space) == (other.host, other.space):
             return _started(other.pid) != other.started
         return self.job is not None and self.job == other.job
 
@@ -192,6 +194,11 @@ class Leases:
             self._give_up(part)
         self._held.discard(part)
 
+    def abandon(self) -> None:
+        """Gives up every lease: nothing of these parts will be finished here."""
+        for part in sorted(self._held):
+            self.drop(part)
+
     def fail(self, part: int, text: str) -> None:
         """Leaves word that this process failed on a part (the first it fails on), for `status`."""
         if not self._failed:
@@ -240,13 +247,16 @@ def clock(folder: Path) -> int:
 
 
 def leases(root: Path) -> list[Lease]:
-    """Returns the leases of a cache, by part; their ages by this host's clock where the folder cannot be
-    written to."""
+    """Returns the leases of a cache, by part; their ages by this host's clock where nothing can be
+    written there."""
     folder = root / FOLDER
     parts = sorted(int(name) for name in _names(folder) if name.isdigit())
     if not parts:
         return []
-    now = clock(folder) if os.access(folder, os.W_OK) else time.time_ns()
+    try:
+        now = clock(folder) if os.access(folder, os.W_OK) else time.time_ns()
+    except OSError:  # a full quota, say: just when one wants to look
+        now = time.time_ns()
     found = (_look(folder, part, now) for part in parts)
     return [lease for lease in found if lease is not None]
 
@@ -290,6 +300,15 @@ def _holder(path: Path) -> Holder | None:
         return Holder(**{f.name: body[f.name] for f in fields(Holder)})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # gone, or not written yet
+
+
+def _space() -> str:
+    """Returns what tells whose process numbers these are: hosts and containers may share a name."""
+    told: list[str] = []
+    with contextlib.suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        told.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(told)
 
 
 def _started(pid: int) -> int | None:

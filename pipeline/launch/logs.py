@@ -18,6 +18,7 @@ _MEMORY = re.compile(
 _SLURM = re.compile(r"CANCELLED AT \S+( DUE TO [A-Z ]+)?")
 _TAIL, _READ = 12, 1 << 16  # lines that are shown, bytes that are looked at
 _SAVED, _KILLED = 75, 137
+_SIGNALLED = (None, 138, 143)  # its end was not told, or USR1 or TERM came before it could save
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def _judge(step: str, task: str, path: Path, queued: set[str] | None) -> Ended |
     last = text[max(0, text.rfind(BEGIN)) :]
     code = _CODE.search(last)
     number = int(code[1]) if code else None
-    if number in (0, _SAVED) or (number is None and (queued is None or task in queued)):
-        return None  # done, saved for a requeue, or as far as can be told still at work
+    at_work = queued is None or step == "local" or task in queued  # as far as can be told
+    if number in (0, _SAVED) or (number in _SIGNALLED and at_work):
+        return None  # done, saved for a requeue, or not ended yet
     reason, todo = _why(step, number, last)
     return Ended(step, task, number, reason, todo, str(path), tuple(last.splitlines()[-_TAIL:]))
 

@@ -25,10 +25,14 @@ _FLAGS = {
     "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time",
 }  # fmt: skip
 
+_CORES = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
+"""srun does not take over the job's number of cores since Slurm 22.05."""
+
 _SIGNALS = """\
 # USR1: the limit is near, or a polite preemption: save, then requeue. TERM: cancelled or preempted: save,
 # then wait to be killed, so that Slurm itself says which of the two it was.
 why=
+pid=
 trap 'why=${why:-USR1}; kill -USR1 "$pid" 2>/dev/null' USR1
 trap 'why=TERM; kill -USR1 "$pid" 2>/dev/null' TERM
 
@@ -39,12 +43,20 @@ echo "[scholiast] begin job=$job\
 
 _ENDING = """\
 pid=$!
+[ -z "$why" ] || kill -USR1 "$pid"  # a signal that came before there was any work
 while :; do wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null || break; done
 wait "$pid" 2>/dev/null; code=$?
 [ "$code" = 0 ] || [ -n "$why" ] || sleep 1  # for a signal that reached the work first
 echo "[scholiast] end code=$code why=${why:-none} at $(date +%FT%T)"
 case "$code:$why" in
   0:*) exit 0 ;;
+  75:USR1 | 138:USR1 | 143:USR1)
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
+      echo "[scholiast] requeued a hundred times and no end: raise the time limit, or cut smaller parts"
+      exit 75
+    fi ;;
+esac
+case "$code:$why" in
   75:USR1 | 138:USR1 | 143:USR1) scontrol requeue "$SLURM_JOB_ID"; sleep 600 & wait $! ;;
   75:TERM | 138:TERM | 143:TERM) while :; do sleep 1; done ;;
 esac
@@ -66,13 +78,16 @@ def script(work: Workspace, step: Step, call: Call, folder: Path) -> str:
     cluster = work.config.cluster
     what = f"an array of {step.tasks} tasks" if step.tasks else "one job"
     array = "%A_%a" if step.tasks else "%j"
+    logs = str(folder / "logs").replace("%", "%%")
+    output = shlex.quote(f"{logs}/{step.name}-{array}.out")
     head = [
         "#!/bin/bash", f"# {step.name}: {what}. Made by `scholiast launch slurm`; edit and submit it by "
         "hand as you like.",
         f"#SBATCH --job-name={shlex.quote(f'{work.config.name}-{step.name}')}",
-        f"#SBATCH --output={folder}/logs/{step.name}-{array}.out",
+        f"#SBATCH --output={output}",
         "#SBATCH --open-mode=append --requeue --kill-on-invalid-dep=yes",
-        f"#SBATCH --signal=B:USR1@{cluster.warning}", f"#SBATCH --chdir={call.folder}",
+        f"#SBATCH --signal=B:USR1@{cluster.warning}",
+        f"#SBATCH --chdir={shlex.quote(str(call.folder))}",
     ]  # fmt: skip
     if step.tasks:
         limit = f"%{cluster.concurrent}" if cluster.concurrent else ""
@@ -80,7 +95,8 @@ def script(work: Workspace, step: Step, call: Call, folder: Path) -> str:
     if step.name == "train":
         head.append(f"#SBATCH --nodes={step.nodes} --ntasks-per-node={step.ranks}")
     head += [f"#SBATCH {flag}" for flag in flags(step.resources)]
-    lines = [*head, "", *cluster.setup, *([""] if cluster.setup else []), _SIGNALS]
+    # The traps come first: setting up may take a minute, and a signal then must not end the job.
+    lines = [*head, "", _SIGNALS, *cluster.setup, *([""] if cluster.setup else [])]
     calls = [call.text(work, step, command) for command in step.command]
     lines += _ranks(calls[0]) if step.name == "train" else [f"{_in_one(calls)} &"]
     return "\n".join(lines) + "\n" + _ENDING
@@ -95,8 +111,8 @@ def _ranks(call: str) -> list[str]:
     ranks = "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "
     return [
         'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
-        "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}",
-        f"srun --wait=300 bash -c {shlex.quote(ranks + call)} &",
+        "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}",
+        f"srun {_CORES} --wait=300 bash -c {shlex.quote(ranks + call)} &",
     ]
 
 

@@ -112,9 +112,8 @@ def missing_steps(work: Workspace, cache_only: bool = False) -> tuple[list[Step]
     if not reported or steps:
         resources = cluster.evaluate.over(cluster.defaults)
         commands = (("evaluate",), ("report",))
-        steps.append(
-            Step("evaluate", commands, resources, tuple(s.name for s in steps if s.name == "train"))
-        )
+        trains = any(step.name == "train" for step in steps)
+        steps.append(Step("evaluate", commands, resources, ("train",) if trains else before))
     return steps, notes
 
 

@@ -76,7 +76,7 @@ class Metric:
 METRICS: Final = {
     "perplexity": Metric("perplexity", None),
     "bits_per_byte": Metric("bits\nper\N{NO-BREAK SPACE}byte", 3),
-    "kd": Metric("KL\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}fused,\nnats/token", 3),
+    "kd": Metric("distillation\nloss,\N{NO-BREAK SPACE}nats", 3),
     "accuracy": Metric("top-1\naccuracy,\N{NO-BREAK SPACE}%", 1, 100),
     "agreement": Metric("agrees\N{NO-BREAK SPACE}with\nfused,\N{NO-BREAK SPACE}%", 1, 100),
     "ece": Metric("calibration\nerror,\N{NO-BREAK SPACE}%", 1, 100),

@@ -271,8 +271,9 @@ def evaluate(
     \b
     Example: scholiast evaluate my.yaml --model other=models/other --json > figures.json
     """
-    from pipeline.figures import overall
+    from pipeline.plots import OVERALL
     from pipeline.report import summary
+    from pipeline.report_tables import generation, overall
 
     work, console = open_workspace(config, overrides, quiet)
     result = work.evaluate(models)
@@ -281,9 +282,11 @@ def evaluate(
         return
     table = summary(result)
     console.table(table.headers, table.rows)
-    click.echo()
-    console.table(*overall(result))
-    click.echo(f"\n{table.verdict}")
+    written = {title: found[OVERALL] for title, found in generation(result).items()}
+    for title, more in {"over all domains": overall(result), **written}.items():
+        click.echo(f"\n{title}")
+        console.table(more.headers, more.rows)
+    click.echo("\n" + "\n".join(text for text in (table.note, table.verdict) if text))
 
 
 @main.command()

@@ -22,6 +22,9 @@ from storage.errors import ConfigError
 from storage.local_cache import LocalCache
 from storage.remote import Root, root_of
 
+RESERVED = ("before", "fused", "cross_entropy")
+"""Names of a run's students, and of the ensemble."""
+
 
 class RunConfig(Options):
     """The whole of a run."""
@@ -70,9 +73,9 @@ class RunConfig(Options):
                 or name[0] == "."
             ):
                 raise ValueError(f"{name!r} is a folder's name: letters, digits, '-', '_', '.'")
-            if name == "fused":
+            if name in RESERVED:
                 raise ValueError(
-                    "a teacher cannot be named 'fused': reports use it for the ensemble"
+                    f"a teacher cannot be named {name!r}: reports use it for the ensemble or a student"
                 )
         return teachers
 

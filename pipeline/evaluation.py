@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.config import RESERVED
 from pipeline.report import read_metrics
 from pipeline.token_view import token_view
 from pipeline.workspace import BEFORE, Workspace
@@ -66,9 +67,10 @@ def evaluate(
     from stages.device import choose_device
 
     device = choose_device(work.config.device)
-    reader = work.batch_reader()
+    reader = work.heldout_reader()
     prompts = sample_prompts(work, reader, info)
-    teachers = [job for job in jobs if job.name in reader.caches]
+    # A teacher is loaded for its text; without prompts its notes say all that is asked.
+    teachers = [job for job in jobs if job.name in reader.caches and prompts.prompts]
     work.progress.start("evaluate", len(runs) + 1 + len(models) + len(teachers), "model")
     cached = cached_figures(work, reader, info, prompts)
     students: dict[str, Any] = {}
@@ -282,13 +284,11 @@ def require_models(work: Workspace, models: Mapping[str, Path], taken: Sequence[
     ours = work.tokenizer() if models else None
     for name, folder in models.items():
         where = f"--model {name}={folder}"
-        if name in (BEFORE, *taken):
+        if name in (*RESERVED, *taken):
             raise ConfigError(
-                "the run has a model of this name",
-                where=where,
-                found=name,
+                "the run has a model of this name, or could have", where=where, found=name,
                 todo="name it otherwise",
-            )
+            )  # fmt: skip
         if not folder.is_dir():
             raise ConfigError(
                 "there is no such model folder", where=where, found=folder,

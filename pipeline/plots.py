@@ -25,7 +25,7 @@ Points = list[tuple[int, float, float]]  # (step, value, weight)
 OVERALL: Final = "overall"
 TERMS: Final = {
     "ce": ("Cross-entropy to the true token", "cross-entropy, nats/token"),
-    "kd": ("KL to the fused teachers", "KL, nats/token"),
+    "kd": ("Distillation loss", "distillation loss, nats/token"),
     "features": ("Feature alignment", "loss of a segment"),
     "total": ("Total, as each student weights its terms", "loss"),
 }

@@ -159,7 +159,7 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "created": date(evaluation["created"]),
         "summary": table,
         "rows": (overall or {}).get("rows"),
-        "temperature": evaluation["config"].get("loss", {}).get("temperature"),
+        "distillation": report_tables.distillation_note(evaluation),
         "fused_label": STUDENTS[FUSED].label,
         "writers": {**teachers, **students},
         "intervals": any(getattr(c, "interval", "") for row in table.rows for c in row),

@@ -22,6 +22,7 @@ from pipeline.cells import (
     time,
 )
 from pipeline.plots import OVERALL, Line
+from stages.weighting import looks_at_gold
 from storage.errors import CorruptShard, IncompleteCache
 
 Evaluation = Mapping[str, Any]
@@ -33,7 +34,6 @@ STUDENTS: Final = {
     FUSED: Line("student, fused teachers", "fused"),
     BASELINE: Line("student, cross-entropy only", "baseline"),
 }
-LOOKS_AT_GOLD: Final = ("confidence", "min_ce", "em")
 _NEEDED = ("name", "created", "config", "fingerprints", "corpus", "domains", "teachers", "fused",
            "students", "samples", "cache", "training", "versions", "device", "threads")  # fmt: skip
 _MODES = {"greedy": "greedy continuations", "sampled": "sampled continuations"}
@@ -113,13 +113,31 @@ def domains(evaluation: Evaluation) -> list[str]:
 
 def gold_note(evaluation: Evaluation) -> str:
     """Returns a warning where the teachers' weights look at the gold token, else ""."""
-    weights = evaluation["config"].get("fusion", {}).get("weights")
-    if weights not in LOOKS_AT_GOLD:
+    weights = evaluation["config"].get("fusion", {}).get("weights", "uniform")
+    if looks_at_gold(weights) != "token":
         return ""
     return (
         f"The teachers are weighted by {weights}: these weights look at the gold token, so the fused "
         "ensemble's figures use the answer and are not those of a model that could be run."
     )
+
+
+def distillation_note(evaluation: Evaluation) -> str:
+    """Returns what the distillation loss of this run is, in a sentence."""
+    loss, fusion = (evaluation["config"].get(key, {}) for key in ("loss", "fusion"))
+    temperature = f", at temperature {loss['temperature']}" if "temperature" in loss else ""
+    said = {
+        "divergence": loss.get("divergence", "forward_kl"), "target": loss.get("target", "auto"),
+        "mixing": fusion.get("mixing", "arithmetic"),
+    }  # fmt: skip
+    plain = said["target"] in ("auto", "draws", "bucket") and said["mixing"] == "arithmetic"
+    if said["divergence"] == "forward_kl" and plain:
+        return (
+            "The distillation loss is Σ w KL(teacher ‖ student), the mean over tokens, as far as the "
+            f"caches keep the teachers{temperature}; where teachers differ it cannot reach 0."
+        )
+    how = ", ".join(f"{key} {value}" for key, value in said.items())
+    return f"The distillation loss is the run's own ({how}){temperature}, the mean over tokens."
 
 
 # -- tables

@@ -188,7 +188,7 @@ class Workspace(CacheWorkspace):
         # Two readers: one is read ahead in a thread while the other serves an evaluation.
         on_device = self.config.train.decode == "device"
         reader = self.batch_reader(name == FUSED, on_device)
-        evaluation = self.batch_reader()
+        evaluation = self.heldout_reader()
         threads = self.config.reading.fetch_threads
         Trainer(
             run, student, tokenizer, reader, evaluation, self.progress, ranks, stop, threads
@@ -220,6 +220,17 @@ class Workspace(CacheWorkspace):
 
         model = build_student(self.config.student, self.student_folder(), torch.device("cpu"))
         return export_checkpoint(runs[student], model, self._student_tokenizer(), step, folder)
+
+    def heldout_reader(self) -> BatchReader:
+        """Returns a reader of what held-out figures are measured against.
+
+        Draws give a gradient without bias, but a loss that is too high: there the bucket stands for
+        the tail.
+        """
+        reader, options = self.batch_reader(), self.config.loss
+        if options.tail(self.config.store.drawn) != "draws":
+            return reader
+        return reader.at(options.temperature, "bucket")
 
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""

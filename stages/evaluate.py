@@ -36,7 +36,7 @@ ENSEMBLE = "fused"
 STUDENT = ("rows", "ce", "kd", "correct", "agreed")
 TEACHER = ("rows", "ce", "correct", "agreed", "entropy", "weight")
 _FUSED = ("rows", "ce", "correct")
-_WITH_INTERVAL = ("perplexity", "kd", "accuracy", "ece", "bits_per_byte")
+_WITH_INTERVAL = ("perplexity", "kd", "accuracy", "agreement", "ece", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,28 @@ def table(
 
     Args:
         sums: a row a block.
-        resamples: 0 leaves `intervals` empty. A resample of the whole draws in each domain apart.
+        resamples: 0 leaves `intervals` empty. A resample of the whole draws in each domain apart; a
+            domain of one block tells no spread, so it and the whole have no intervals.
 
     Returns:
         domain → figures, and `intervals`: name → [low, high], 95 %. Domains without a scored row, and
         figures that cannot be had (null), are left out of the intervals.
     """
-    domain_N, by_domain = info.domain_of(block_ids), {}
+    domain_N, by_domain, single = info.domain_of(block_ids), {}, set[str]()
     for index, name in enumerate(info.domains):
         mine = sums.values[(domain_N == index) & (sums.values[:, 0] > 0)]
         if len(mine):
             by_domain[name] = (mine.sum(0), resampled(mine, resamples, seed + index))
+            single |= {name, OVERALL} if len(mine) == 1 else set()
     if by_domain:
         totals, drawn = zip(*by_domain.values(), strict=True)
         by_domain[OVERALL] = (sum(totals), sum(drawn))
     return {
         name: {
             **_plain(figures(Sums(sums.names, total))),
-            "intervals": _intervals(figures(Sums(sums.names, drawn))) if resamples else {},
+            "intervals": _intervals(figures(Sums(sums.names, drawn)))
+            if resamples and name not in single
+            else {},
         }
         for name, (total, drawn) in by_domain.items()
     }

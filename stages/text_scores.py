@@ -48,21 +48,24 @@ def text_scores(
 
     Returns:
         domain → {bleu, chrf (0 to 100), rouge_l (0 to 1), distinct_1, distinct_2, intervals}; a resample
-        of the whole draws in each domain apart.
+        of the whole draws in each domain apart. A domain of one continuation tells no spread: it and the
+        whole have no intervals.
     """
     domains = list(dict.fromkeys(one.domain for one in written))
     groups = {name: [one for one in written if one.domain == name] for name in domains}
     sums = {name: _statistics(group) for name, group in groups.items()}
     drawn = {n: resampled(x, resamples, seed + i) for i, (n, x) in enumerate(sums.items())}
     totals = {name: one.sum(0) for name, one in sums.items()}
+    single = {name for name, group in groups.items() if len(group) == 1}
     if domains:
+        single |= {OVERALL} if single else set()
         groups[OVERALL] = list(written)
         totals[OVERALL] = np.sum([*totals.values()], axis=0)
         drawn[OVERALL] = np.sum([*drawn.values()], axis=0)
     return {
         name: {
             **_scores(totals[name]), **_distinct(group),
-            "intervals": _intervals(drawn[name]) if resamples else {},
+            "intervals": _intervals(drawn[name]) if resamples and name not in single else {},
         }
         for name, group in groups.items()
     }  # fmt: skip

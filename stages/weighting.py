@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.evidence import Evidence
     from stages.target_options import FusionOptions
+
+Gold = Literal["", "token", "calibration"]
 
 SINGLE = "single"
 """Written with the teacher's name, single:NAME."""
@@ -27,13 +29,14 @@ class Weighting:
 
     Attributes:
         function: (what the teachers noted, options) → weights [M, R]; pure.
-        uses_gold: whether it looks at the token that is to be predicted. Such weights leak it into
-            the target, and an ensemble so weighted cannot be had at inference.
+        gold: which gold tokens it looks at. "token": the one that is to be predicted; such weights leak
+            it into the target, and an ensemble so weighted cannot be had at inference. "calibration":
+            those of some training blocks, once. "": none.
         source: where it comes from.
     """
 
     function: Callable[[Evidence, FusionOptions], Tensor]
-    uses_gold: bool
+    gold: Gold
     source: str
 
 
@@ -107,14 +110,14 @@ def single(evidence: Evidence, options: FusionOptions) -> Tensor:
 
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "uniform": Weighting(uniform, False, "mean of the teachers"),
-    "static": Weighting(static, False, "numbers of the user"),
-    "entropy": Weighting(entropy, False, "arXiv 2507.15198"),
-    "max_prob": Weighting(max_prob, False, "arXiv 1610.02136"),
-    "confidence": Weighting(confidence, True, "CA-MKD, arXiv 2201.00007"),
-    "min_ce": Weighting(min_ce, True, "FuseLLM, arXiv 2401.10491"),
-    "em": Weighting(em, True, "deleted interpolation, Jelinek and Mercer 1980"),
-    SINGLE: Weighting(single, False, "one teacher alone"),
+    "uniform": Weighting(uniform, "", "mean of the teachers"),
+    "static": Weighting(static, "", "numbers of the user"),
+    "entropy": Weighting(entropy, "", "arXiv 2507.15198"),
+    "max_prob": Weighting(max_prob, "", "arXiv 1610.02136"),
+    "confidence": Weighting(confidence, "token", "CA-MKD, arXiv 2201.00007"),
+    "min_ce": Weighting(min_ce, "token", "FuseLLM, arXiv 2401.10491"),
+    "em": Weighting(em, "calibration", "deleted interpolation, Jelinek and Mercer 1980"),
+    SINGLE: Weighting(single, "", "one teacher alone"),
 }
 """fusion.weights, without a teacher's name → what it is."""
 
@@ -134,13 +137,13 @@ def parsed(weights: str) -> tuple[str, str]:
     return kind, name
 
 
-def uses_gold(weights: str) -> bool:
-    """Returns whether the weights look at the token that is to be predicted.
+def looks_at_gold(weights: str) -> Gold:
+    """Returns which gold tokens the weights look at (see Weighting.gold).
 
     Raises:
         ValueError: there is no such weighting.
     """
-    return WEIGHTINGS[parsed(weights)[0]].uses_gold
+    return WEIGHTINGS[parsed(weights)[0]].gold
 
 
 def weigh(evidence: Evidence, options: FusionOptions) -> Tensor:

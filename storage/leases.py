@@ -37,11 +37,10 @@ class Holder:
     """Who holds a lease.
 
     Attributes:
-        host: its name, with the boot and the process-id namespace that `pid` counts in: containers may
-            have a host's name in common, and machines one.
-        pid, started: the process; `started` tells it from a later one of the same number.
+        host, pid, started: the process; `started` tells it from a later one of the same number.
         job: the scheduler's name of the task, the same after a requeue; None without a scheduler.
         lifetime: seconds without a touch after which its leases are anyone's.
+        space: the boot and the namespace that `pid` counts in: containers and machines may share a name.
         token: of this object alone.
         since: its own clock when it began, seconds since 1970; for people.
     """
@@ -51,17 +50,18 @@ class Holder:
     started: int
     job: str | None
     lifetime: float
+    space: str = field(default_factory=lambda: _space())
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     since: float = field(default_factory=time.time)
 
     @classmethod
     def here(cls, job: str | None, lifetime: float) -> Holder:
         """Returns this process."""
-        return cls(_host(), os.getpid(), _started(os.getpid()) or 0, job, lifetime)
+        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, job, lifetime)
 
     def succeeds(self, other: Holder) -> bool:
         """Returns whether the other is known to be gone: a dead process, this task before a requeue."""
-        if self.host == other.host:
+        if (self.host, self.space) == (other.host, other.space):
             return _started(other.pid) != other.started
         return self.job is not None and self.job == other.job
 
@@ -327,12 +327,13 @@ def _understood(data: bytes) -> Holder | None:
         return None  # not written yet
 
 
-def _host() -> str:
-    words = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # where there is no /proc the name must do
-        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        words.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(words)
+def _space() -> str:
+    """Returns what tells whose process numbers these are: hosts and containers may share a name."""
+    told: list[str] = []
+    with contextlib.suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        told.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(told)
 
 
 def _started(pid: int) -> int | None:

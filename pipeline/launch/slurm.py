@@ -26,6 +26,9 @@ _FLAGS = {
     "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time",
 }  # fmt: skip
 
+_CORES = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
+"""srun does not take over the job's number of cores since Slurm 22.05."""
+
 _SIGNALS = """\
 # USR1: the limit is near, or a polite preemption: save, then requeue. TERM: cancelled or preempted: save,
 # then wait to be killed, so that Slurm itself says which of the two it was.
@@ -112,9 +115,7 @@ def _ranks(call: str) -> list[str]:
     return [
         'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
         "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}",  # below those for clients
-        # srun does not take the job's own --cpus-per-task (since Slurm 22.05).
-        "srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --wait=300 \\",
-        f"  bash -c {shlex.quote(ranks + call)} &",
+        f"srun {_CORES} --wait=300 bash -c {shlex.quote(ranks + call)} &",
     ]
 
 

@@ -56,7 +56,7 @@ def dots(
     """
     import matplotlib.pyplot as plt
 
-    rows = [r for r in results.rows[table] if any(results.seeds(table, r, m) for m in metrics[-1:])]
+    rows = [r for r in results.rows[table] if any(results.seeds(table, r, m) for m in metrics)]
     figure, panels = plt.subplots(
         1, len(metrics), figsize=(9, 1.1 + 0.26 * len(rows)), sharey=True, layout="constrained",
         squeeze=False,

@@ -24,7 +24,7 @@ def figures_of(work: Workspace, model_folder: Path) -> dict[str, float]:
     from stages.teacher import load_causal_lm
 
     work._setup_torch()
-    student, reader = work.config.student, work.batch_reader()
+    student, reader = work.config.student, work.heldout_reader()
     info = reader.corpus.info
     model = load_causal_lm(
         model_folder, "student", dtype=torch.float32, attention=student.attention,
@@ -39,7 +39,7 @@ def notes_figures(work: Workspace, name: str) -> dict[str, float]:
     """Returns the figures of a teacher, or of the ensemble ("fused"), on the held-out blocks."""
     from pipeline.evaluation import cached_figures, sample_prompts
 
-    reader = work.batch_reader()
+    reader = work.heldout_reader()
     info = reader.corpus.info
     found = cached_figures(work, reader, info, sample_prompts(work, reader, info))
     return flat({"domains": {**found["teachers"], "fused": found["fused"]}[name]})

@@ -12,6 +12,7 @@ from pipeline.reproduce.rows import (
     COMMON,
     EVALUATION,
     MULTITASK_STEPS,
+    PINNED,
     Row,
     all_rows,
 )
@@ -97,7 +98,8 @@ class Harness:
         """Returns what all students of a corpus are measured with, whatever they were taught from:
         the reference's fused target at temperature 1, from the configuration's caches."""
         place = self.folder / ("yardstick-mixed" if mixed else "yardstick")
-        return self._open([f"run_dir={place}", "train.steps=1"], Row("", "", mixed=mixed))
+        own = [f"run_dir={place}", "train.steps=1", "loss.target=bucket"]
+        return self._open(own, Row("", "", mixed=mixed))
 
     def _open(self, own: Sequence[str], row: Row) -> Workspace:
         base, mix = self.base.config, self.folder / "mix"
@@ -114,7 +116,10 @@ class Harness:
             cache = str(self.folder / "caches" / row.cache)
         places = (f"corpus_dir={corpus}", f"cache_dir={cache}", "assets=null")
         work = Workspace(
-            load_config(self.config, [*self.overrides, *COMMON, *EVALUATION, *places, *more, *own]),
+            load_config(
+                self.config,
+                [*self.overrides, *PINNED, *COMMON, *EVALUATION, *places, *more, *own],
+            ),
             self.progress,
         )
         work.memo = self.base.memo  # of files' hashes

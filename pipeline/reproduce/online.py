@@ -29,7 +29,8 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, head: Head, gold: Tensor,
-        theirs: Sequence[tuple[TransformersTeacher, Tensor]], scales: tuple[float, float], tau: float,
+        theirs: Sequence[tuple[TransformersTeacher, Tensor]], vocab: int, scales: tuple[float, float],
+        tau: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = hidden.requires_grad
         grads = _Gradients(hidden, head, torch.float32, True, True, False) if wanted else None
@@ -37,7 +38,7 @@ class _DenseLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, min(start + CHUNK, len(hidden)))
             logq = head.logits(hidden[rows]).log_softmax(-1)
-            mixture, kd = fuse([t.logits(h[rows]) for t, h in theirs], logq, tau)
+            mixture, kd = fuse([t.logits(h[rows])[:, :vocab] for t, h in theirs], logq, tau)
             at = gold[rows, None]
             terms[0, rows], terms[1, rows] = -logq.gather(-1, at)[:, 0], kd
             largest, found = logq.max(-1)
@@ -55,18 +56,24 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         hidden, weight = ctx.saved_tensors
-        return hidden * grad, weight * grad, *[None] * 5
+        return hidden * grad, weight * grad, *[None] * 6
 
 
 def fuse(logits: Sequence[Tensor], logq: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Returns Σ_m w_m t_m [C, V] and Σ_m w_m KL(t_m‖q) [C]."""
-    logps = [each[:, : logq.shape[-1]].log_softmax(-1) for each in logits]
+    """Returns Σ_m w_m t_m [C, P] and Σ_m w_m KL(t_m‖q) [C].
+
+    Args:
+        logits: of each teacher over the V ids [C, V].
+        logq: of the student over its P ≥ V logits; ids of padding get target 0.
+    """
+    logps = [each.log_softmax(-1) for each in logits]
+    padding, logq = logq.shape[-1] - logps[0].shape[-1], logq[:, : logps[0].shape[-1]]
     entropies = torch.stack([-(logp.exp() * logp).sum(-1) for logp in logps])
     weights = (-entropies / tau).softmax(0)
     kd = torch.stack([(logp.exp() * (logp - logq)).sum(-1) for logp in logps])
     mixture = sum(w[:, None] * logp.exp() for w, logp in zip(weights, logps, strict=True))
     assert isinstance(mixture, Tensor)
-    return mixture, (weights * kd).sum(0)
+    return torch.nn.functional.pad(mixture, (0, padding)), (weights * kd).sum(0)
 
 
 class OnlineStudent(DistilledStudent):
@@ -75,14 +82,15 @@ class OnlineStudent(DistilledStudent):
     Args:
         teachers: in memory all the time.
         tau: of the entropy weights.
+        vocab_size: V; logits beyond it are padding.
     """
 
     def __init__(
         self, model: Any, options: Any, autocast: bool, teachers: Sequence[TransformersTeacher],
-        tau: float,
+        tau: float, vocab_size: int,
     ) -> None:  # fmt: skip
         super().__init__(model, options, autocast)
-        self.teachers, self.tau = list(teachers), tau
+        self.teachers, self.tau, self.vocab_size = list(teachers), tau, vocab_size
 
     def forward(
         self, batch: Batch, rows: int, segments: int, alpha: float | None = None
@@ -97,7 +105,7 @@ class OnlineStudent(DistilledStudent):
         ]
         head = Head.of(self.model, self.autocast)
         total, terms = _DenseLoss.apply(  # type: ignore[no-untyped-call]
-            hidden[batch.scored], head.weight, head, batch.gold, theirs,
+            hidden[batch.scored], head.weight, head, batch.gold, theirs, self.vocab_size,
             ((1 - alpha) / max(rows, 1), alpha / max(rows, 1)), self.tau,
         )  # fmt: skip
         ce, kd, correct, _ = terms.sum(-1, dtype=torch.float64)

@@ -20,6 +20,7 @@ from pipeline.reproduce.rows import (
 
 PERPLEXITY, KD, BLEU, ROUGE = "perplexity/overall", "kd/overall", "bleu/overall", "rouge_l/overall"
 BEST_SINGLE: Final = "best single"
+DISTINCT: Final = 0.1  # a tenth of a greedy text's tokens: held-out text has more than a half
 LOWER: Final = ("perplexity", "kd", "ce", "ece", "bits_per_byte")
 """Metrics of which less is better; of all others more is."""
 
@@ -139,6 +140,8 @@ class Answer:
     Attributes:
         difference: paired, better − worse.
         favour: seeds that have the claimed sign; seeds: all that both rows have.
+        babble: whether it is a score of text, and a row's greedy text repeats itself (distinct-1 below
+            DISTINCT): BLEU and ROUGE-L of such text say nothing.
     """
 
     claim: Claim
@@ -146,11 +149,14 @@ class Answer:
     difference: Spread
     favour: int
     seeds: int
+    babble: bool
 
     @property
     def verdict(self) -> str:
         """Returns yes or no where all seeds agree and the mean exceeds the spread."""
         sd = self.difference.sd
+        if self.babble:
+            return "babble"
         if sd is None or abs(self.difference.mean) <= sd or self.favour not in (0, self.seeds):
             return "not told apart"
         return "yes" if self.favour else "no"
@@ -165,8 +171,16 @@ def answers(results: Results) -> list[Answer]:
             if apart:
                 sign = -1 if lower_is_better(metric) else 1
                 favour = sum(sign * x > 0 for x in apart)
-                found.append(Answer(claim, metric, Spread.of(apart), favour, len(apart)))
+                babble = metric in (BLEU, ROUGE) and _babbles(results, claim)
+                found.append(Answer(claim, metric, Spread.of(apart), favour, len(apart), babble))
     return found
+
+
+def _babbles(results: Results, claim: Claim) -> bool:
+    told = [
+        results.spread(claim.table, r, "distinct_1/overall") for r in (claim.better, claim.worse)
+    ]
+    return any(one is not None and one.mean < DISTINCT for one in told)
 
 
 def lower_is_better(metric: str) -> bool:

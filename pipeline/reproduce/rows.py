@@ -1,7 +1,7 @@
 """What is compared: the rows of the four tables, each a list of settings over one configuration.
 
-Every setting that a row's meaning hangs on is pinned here (COMMON, EVALUATION), so that another default
-in the package or the configuration does not change what a row is.
+Every setting that a row's meaning hangs on is pinned here (COMMON, PINNED, EVALUATION), so that another
+default in the package or the configuration does not change what a row is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from stages.weighting import Gold, looks_at_gold
 from storage.errors import ConfigError
 
 COMMON: Final = (
@@ -19,6 +20,14 @@ COMMON: Final = (
     "fusion.tau=1.0", "train.baseline=false", "train.epochs=null",
 )  # fmt: skip
 """The reference that a row's own settings are laid over, and the target that all rows are measured by."""
+
+PINNED: Final = (
+    "fusion.per=token", "fusion.normalise=false", "fusion.prior={}", "fusion.floor=0.0",
+    "fusion.ramp=0.0", "fusion.mixing=arithmetic", "fusion.teachers=null", "fusion.k=null",
+    "loss.alpha_schedule=constant", "loss.features.projection=linear", "loss.features.pooled=mean",
+)  # fmt: skip
+"""What else a row's meaning hangs on, as the package has it by default; laid first, and no part of a
+run's key, so that a setting that is added here leaves finished runs as they are."""
 
 EVALUATION: Final = (
     "evaluate.samples=0", "evaluate.prompts=8", "evaluate.prompt_tokens=48",
@@ -38,7 +47,6 @@ ONLINE, ENSEMBLE, SINGLE = "online, whole distributions", "ensemble, no training
 ALONE: Final = "teacher alone: "
 
 Kind = Literal["cached", "online", "notes"]
-Gold = Literal["", "token", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,6 @@ class Row:
         kind: a student taught from caches; one whose teachers run beside it; or no student at all,
             teachers' figures from their notes.
         group: what it belongs to within its table.
-        gold: whether its weights look at gold tokens: of the rows trained on, or of a calibration part.
         cache: folder of its own caches; "" is the configuration's.
         weak: whether the deliberately weak teacher takes part.
         mixed: whether it learns the mix with the instruction task.
@@ -63,11 +70,18 @@ class Row:
     overrides: tuple[str, ...] = ()
     kind: Kind = "cached"
     group: str = ""
-    gold: Gold = ""
     cache: str = ""
     weak: bool = False
     mixed: bool = False
     notes_of: str = ""
+
+    @property
+    def gold(self) -> Gold:
+        """Which gold tokens its weights look at: of the rows trained on, or of a calibration part."""
+        chosen = [
+            text.partition("=")[2] for text in self.overrides if text.startswith("fusion.weights=")
+        ]
+        return looks_at_gold(chosen[-1]) if chosen else ""
 
     @property
     def seeded(self) -> bool:
@@ -96,9 +110,9 @@ def approaches(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
         *(Row(t, SINGLE + name, (f"fusion.weights=single:{name}",)) for name in teachers),
         Row(t, UNIFORM, ("fusion.weights=uniform",)),
         Row(t, "max_prob", ("fusion.weights=max_prob",)),
-        Row(t, "confidence", ("fusion.weights=confidence",), gold="token"),
-        Row(t, "min_ce", ("fusion.weights=min_ce",), gold="token"),
-        Row(t, "em", ("fusion.weights=em",), gold="calibration"),
+        Row(t, "confidence", ("fusion.weights=confidence",)),
+        Row(t, "min_ce", ("fusion.weights=min_ce",)),
+        Row(t, "em", ("fusion.weights=em",)),
         Row(t, ENTROPY),
         Row(t, FULL, _features(raw, 0.1)),
         Row(t, ONLINE, kind="online"),

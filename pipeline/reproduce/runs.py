@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.report import read_metrics
 from pipeline.reproduce.figures import figures_of, notes_figures
 from pipeline.reproduce.harness import Harness
-from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, Row
+from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, PINNED, Row
 from pipeline.workspace import FUSED, Workspace
 from storage import durable
 
@@ -138,8 +138,8 @@ def train_online(work: Workspace) -> None:
     from stages.teacher import TransformersTeacher
     from stages.train_student import Trainer
 
-    config = work.config
-    run = work.runs(*work.finished_jobs())[FUSED]
+    config, (info, jobs) = work.config, work.finished_jobs()
+    run = work.runs(info, jobs)[FUSED]
     if finished(run):
         return
     work._setup_torch()
@@ -152,10 +152,10 @@ def train_online(work: Workspace) -> None:
         for name, options in config.teachers.items()
     ]
     bf16 = run.train.precision == "bf16"
-    student = OnlineStudent(model, run.loss, bf16, teachers, config.fusion.tau)
+    student = OnlineStudent(model, run.loss, bf16, teachers, config.fusion.tau, info.vocab_size)
     with StopSignals() as stop:
         Trainer(
-            run, student, work._student_tokenizer(), work.batch_reader(False), work.batch_reader(),
+            run, student, work._student_tokenizer(), work.batch_reader(False), work.heldout_reader(),
             work.progress, Ranks(device), stop,
         ).train()  # fmt: skip
 
@@ -222,7 +222,7 @@ def describe(harness: Harness, seeds: int) -> dict[str, Any]:
             f"scholiast reproduce {harness.config} --seeds {seeds} --steps {harness.steps}{more} "
             "--write-results stages/RESULTS.md",
         ],
-        "common": [*COMMON, *EVALUATION],
+        "common": [*PINNED, *COMMON, *EVALUATION],
         "rows": [
             {"table": row.table, "row": row.name, "settings": settings_of(row)} for row in harness.rows
         ],

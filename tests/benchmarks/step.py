@@ -140,6 +140,7 @@ class Steps:
         self.work.ensure_assets()
         self.work.cache_teachers()
         self.config, self.waited = self.work.config, 0.0
+        self.vocab_size = self.work.finished_jobs()[0].vocab_size
         torch.manual_seed(0)
 
     def student(
@@ -189,7 +190,9 @@ class Steps:
             return student(batch, batch.rows, 1).total
 
         def online() -> Callable[[], None]:
-            made = self.student(OnlineStudent, self.teachers(), self.config.fusion.tau)
+            made = self.student(
+                OnlineStudent, self.teachers(), self.config.fusion.tau, self.vocab_size
+            )
             return self.step_of(*made, self.batches(False), distilled)
 
         return {

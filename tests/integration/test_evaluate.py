@@ -39,14 +39,14 @@ def test_every_model_is_measured_alike(trained: Lab, cli: Cli) -> None:
     folder = trained.root / "run/students/fused/model"
     result = cli("evaluate", trained.write(), "--model", f"copy={folder}")
     assert result.exit_code == 0, result.output
-    assert "\ncopy " in result.output and "ROUGE-L" in result.output
+    assert "\nstudent copy " in result.output and "distinct-1" in result.output
     found = json.loads((trained.root / "run/evaluation.json").read_text())
     assert list(found["students"]) == ["before", "fused", "copy"]
     for student in found["students"].values():
         assert set(student["domains"]) == {"x", "overall"} == set(student["generation"])
         whole = student["domains"]["overall"]
         assert set(whole) == LOSS_KEYS | {"kd", "agreement"}
-        assert set(whole["intervals"]) == INTERVALS | {"kd"}
+        assert set(whole["intervals"]) == INTERVALS | {"kd", "agreement"}
         assert student["tokens_per_s"] > 0
         for low, high in whole["intervals"].values():
             assert low <= high
@@ -57,7 +57,7 @@ def test_every_model_is_measured_alike(trained: Lab, cli: Cli) -> None:
     for name in ("one", "two"):
         whole = found["teachers"][name]["overall"]
         assert set(whole) == LOSS_KEYS | {"agreement", "entropy", "weight"}
-        assert set(whole["intervals"]) == INTERVALS
+        assert set(whole["intervals"]) == INTERVALS | {"agreement"}
     models = [*found["teacher_models"].values(), *found["students"].values()]
     for model in models:
         greedy, sampled = (model["generation"]["overall"][k] for k in ("greedy", "sampled"))
@@ -73,6 +73,7 @@ def test_what_is_switched_off_is_left_out(trained: Lab) -> None:
     found = work.evaluate()
     assert found["students"]["fused"]["domains"]["overall"]["intervals"] == {}
     assert found["students"]["fused"]["generation"] == {} and found["samples"] == []
+    assert found["teacher_models"] == {}, "a teacher is loaded for its text alone"
     assert found["fused"]["overall"]["perplexity"] > 1
 
 

@@ -48,6 +48,7 @@ def test_scripts_ask_for_what_is_configured(lab: Lab, cli: Cli) -> None:
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
         assert "#SBATCH --account=lab" in text and "module load cuda" in text
         assert "--set train.lr=1e-3" in text and "--signal=B:USR1@120" in text
+        assert text.index("trap ") < text.index("module load"), "a signal while it sets up is heard"
     one, two = made["cache-one"], made["cache-two"]
     assert "--array=0-4%2" in one and "--partition=gpu" in one and "--gpus-per-node=1" in one
     assert "--teacher one" in one and "--exclusive" not in one

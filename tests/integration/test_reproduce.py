@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Lab
 
 from pipeline.reproduce import instructions
 from pipeline.reproduce.answers import questions
 from pipeline.reproduce.harness import Harness
+from pipeline.reproduce.online import fuse
 from pipeline.reproduce.results import Results, Spread, answers
 from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
 from pipeline.reproduce.runs import FIGURES, claimed, perform, share, tasks_of
 from stages.progress import Silent
-from stages.weighting import WEIGHTINGS
+from stages.weighting import looks_at_gold
 
 FEW = (CE, ENTROPY, FULL, ONLINE, ENSEMBLE)
 
@@ -196,9 +198,7 @@ def test_every_row_is_a_valid_configuration(lab: Lab) -> None:
     harness = harness_of(lab)
     for row in harness.rows:
         fusion = harness.workspace(row, 0).config.fusion
-        if row.table == "approaches" and row.kind == "cached":
-            table = WEIGHTINGS[fusion.weights.partition(":")[0]]
-            assert table.uses_gold == bool(row.gold), row.name
+        assert row.gold == looks_at_gold(fusion.weights), row.name
 
 
 def test_means_and_claims() -> None:
@@ -240,3 +240,16 @@ def test_wrong_usage_is_refused(
     result = cli("reproduce", lab.write(), *arguments)
     assert result.exit_code == 2 and said in result.output
     assert not Path("runs/reproduce").joinpath(".preparing.lock").exists()
+
+
+def test_online_targets_know_no_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teachers = [torch.randn(3, 7, generator=generator) for _ in range(2)]
+    logq = torch.randn(3, 9, generator=generator).log_softmax(-1)
+    mixture, kd = fuse(teachers, logq, 1.0)
+    assert mixture.shape == (3, 9) and bool((mixture[:, 7:] == 0).all())
+    torch.testing.assert_close(mixture.sum(-1), torch.ones(3))
+    plain = [each.log_softmax(-1) for each in teachers]
+    weights = torch.stack([(p.exp() * p).sum(-1) for p in plain]).softmax(0)
+    each = torch.stack([(p.exp() * (p - logq[:, :7])).sum(-1) for p in plain])
+    torch.testing.assert_close(kd, (weights * each).sum(0))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,19 @@ def test_a_lease_of_the_same_job_or_of_a_dead_process_is_taken_at_once(tmp_path:
     assert Leases(tmp_path, dead).take(2) and Leases(tmp_path, alive).take(2)
     twin = Holder.here("9.0", 60.0)
     assert not Leases(tmp_path, twin).take(2), "the same job, and its process is alive"
-    contained = Holder(os.uname().nodename, 1, 5, None, 60.0)
-    assert Leases(tmp_path, contained).take(3)
-    assert not Leases(tmp_path, alive).take(3), "of the same name, but its processes are not ours"
+    elsewhere = replace(dead, space="another container of this name", token="other")
+    assert Leases(tmp_path, elsewhere).take(3) and not Leases(tmp_path, alive).take(3)
+    alive_too = Leases(tmp_path, holder("node3"))
+    assert alive_too.take(4)
+    alive_too.abandon()
+    assert Leases(tmp_path, alive).take(4), "what is given up is free"
+
+
+def test_tasks_of_one_job_have_names_of_their_own() -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}
+    tasks = [find_task(index, 2, job) for index in (0, 1)]
+    names = {task.job for task in tasks if task is not None}
+    assert len(names) == 2 and all(str(name).startswith("7.") for name in names)
 
 
 def test_leases_are_touched_while_they_are_held(tmp_path: Path) -> None:

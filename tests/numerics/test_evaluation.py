@@ -149,6 +149,12 @@ def test_resamples_draw_in_each_domain_apart(work: Any) -> None:
         assert low == pytest.approx(high) and low == pytest.approx(found[name]["perplexity"])
 
 
+def test_one_block_tells_no_spread(work: Any) -> None:
+    sums = cached_sums(work.batch_reader(), np.array([0]))["fused"]
+    found = table(sums, work.batch_reader().corpus.info, np.array([0]), 20, 0)
+    assert len(found) == 2 and all(one["intervals"] == {} for one in found.values())
+
+
 def test_speed_is_a_positive_number_or_nothing(work: Any) -> None:
     reader, network = work.batch_reader(), model(work, "one")
     blocks = reader.corpus.info.block_ids("heldout")

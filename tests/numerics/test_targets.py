@@ -164,3 +164,8 @@ def test_the_configuration_decides_what_a_batch_holds(lab: Lab, decode: str) -> 
         if name == "residual":
             added = batch.target.ids[..., -1]
             assert torch.equal(added, batch.gold.expand_as(added))
+        # Held-out losses know no draws: of an estimate t̂, KL(t̂‖q) is too high.
+        measured = lab.workspace(**base, **change).heldout_reader().read(torch.tensor([0]).numpy())
+        assert measured.target is not None
+        assert measured.target.ids.shape[-1] == (6 if count == 10 else count)
+        assert bool((measured.target.tail > 0).all()) is (has_bucket or count == 10)

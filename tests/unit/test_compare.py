@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     first, second, third = (measured("first"), complete(measured("second", fused=2.9)),
                             measured(EVIL, "decaf", baseline=None))  # fmt: skip
     second["fingerprints"]["caches"]["coder"] = "cd" * 32
-    second["config"] |= {"fusion": {"weights": "em", "tau": 2.0}, "run_dir": "elsewhere"}
+    second["config"] |= {"fusion": {"weights": "min_ce", "tau": 2.0}, "run_dir": "elsewhere"}
     second["fused"]["overall"]["ce"] = 2.25
     second["versions"]["torch"] = "2.11.0"
     return [
@@ -70,7 +70,7 @@ def test_only_what_differs_is_listed(runs: list[Path]) -> None:
     table = compare(read_runs(runs[:2])).differences
     assert table.headers == ["key", "first", "second"]
     assert table.rows == [
-        ["fusion.weights", "–", "em"],
+        ["fusion.weights", "–", "min_ce"],
         ["fusion.tau", "–", "2.0"],
         ["versions.torch", "2.9.1", "2.11.0"],
     ]
@@ -81,7 +81,7 @@ def test_the_best_student_is_named(runs: list[Path]) -> None:
     assert comparison.verdict.startswith(
         "second · fused has the lowest overall held-out perplexity of 5 trained students, 18.17"
     )
-    assert comparison.notes[0].startswith("second: The teachers are weighted by em")
+    assert comparison.notes[0].startswith("second: The teachers are weighted by min_ce")
     assert "same number of steps" not in comparison.verdict
 
 

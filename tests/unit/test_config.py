@@ -131,3 +131,13 @@ def test_teacher_names_cannot_leave_the_cache(lab: Lab) -> None:
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match="folder's name"):
         load_config(path)
+
+
+@pytest.mark.parametrize("name", ["fused", "before", "cross_entropy"])
+def test_teachers_do_not_take_the_students_names(lab: Lab, name: str) -> None:
+    config: dict[str, Any] = yaml.safe_load(lab.write().read_text())
+    config["teachers"][name] = config["teachers"]["one"]
+    path = lab.root / "taken.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=f"cannot be named '{name}'"):
+        load_config(path)

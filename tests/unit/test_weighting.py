@@ -18,12 +18,12 @@ from stages.evidence import Evidence, sequence_means
 from stages.fusion import NoteRows, fuse
 from stages.schedule import weights_share
 from stages.target_options import FusionOptions
-from stages.weighting import NAMES, WEIGHTINGS, first_weights, parsed, uses_gold, weigh
+from stages.weighting import NAMES, WEIGHTINGS, first_weights, looks_at_gold, parsed, weigh
 
 TOP = Path(__file__).resolve().parents[2]
 V, K, R, TEACHERS = 50, 6, 11, ["a", "b", "c"]
 SEQUENCE = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 7, 9])  # numbers may be missing
-GOLD = {"confidence", "min_ce", "em"}
+GOLD = {"confidence": "token", "min_ce": "token", "em": "calibration"}
 PER = ["entropy", "max_prob", "confidence", "min_ce"]
 
 
@@ -194,24 +194,24 @@ def test_those_that_look_at_the_gold_token_are_marked_and_no_others_change_with_
         same = torch.equal(
             weigh(given, chosen), weigh(Evidence(other, V, None, given.fitted_MR), chosen)
         )
-        assert one.uses_gold is (name in GOLD) is uses_gold(chosen.weights), name
-        assert same is (name == "em" or not one.uses_gold), name  # em looks when it is fitted
+        assert one.gold == GOLD.get(name, "") == looks_at_gold(chosen.weights), name
+        assert same is (one.gold != "token"), name  # em looks when it is fitted
         assert one.source and (one.function.__doc__ or "").strip()
     described = FusionOptions.model_fields["weights"].description or ""
     before, after = described.split("These look at the gold token:")
-    assert {name for name in WEIGHTINGS if f"{name}:" in after} == GOLD
+    assert {name for name in WEIGHTINGS if f"{name}:" in after} == set(GOLD)
     assert all(name in before for name in WEIGHTINGS if name not in GOLD)
 
 
 def test_names_and_marks_need_no_torch() -> None:
     code = (
-        "import sys; from stages.weighting import uses_gold; import stages.options;"
-        "print(uses_gold('min_ce'), uses_gold('single:x'), 'torch' in sys.modules)"
+        "import sys; from stages.weighting import looks_at_gold; import stages.options;"
+        "print(looks_at_gold('min_ce'), bool(looks_at_gold('single:x')), 'torch' in sys.modules)"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True
     )
-    assert shown.stdout.split() == ["True", "False", "False"]
+    assert shown.stdout.split() == ["token", "False", "False"]
 
 
 @pytest.mark.parametrize("wrong", ["entropi", "single", "single:", "uniform:a", "uniform:", ""])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.command_options import common_options, json_option
 from storage.errors import ConfigError, IncompleteCache
 from storage.remote import require_local
 
@@ -35,20 +36,10 @@ class Target:
 
 
 def cache_options(command: F) -> F:
-    """CACHE, --set, --json, --quiet and --debug: the same for these commands."""
-    decorators: list[Callable[[F], F]] = [
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-            help="If CACHE is a configuration: lay a value over it. Repeatable.",
-        ),
-        click.argument("cache", type=click.Path(path_type=Path)),
-    ]  # fmt: skip
-    for decorator in decorators:
-        command = decorator(command)
-    return command
+    """CACHE (to which --set applies if it is a configuration), --json and the common options."""
+    return click.argument("cache", type=click.Path(path_type=Path))(
+        common_options(json_option(command))
+    )
 
 
 def check_options(command: F) -> F:

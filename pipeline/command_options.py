@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def run_options(command: F) -> F:
-    """CONFIG, --set, --quiet and --debug: the same for every command."""
+def common_options(command: F) -> F:
+    """--set, --quiet and --debug: the same for every command."""
     decorators: list[Callable[[F], F]] = [
         click.option("--debug", is_flag=True, help="Show tracebacks."),
         click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
@@ -24,11 +24,16 @@ def run_options(command: F) -> F:
             "--set", "overrides", multiple=True, metavar="KEY=VALUE",
             help="Lay a value over the configuration, e.g. --set train.lr=3e-4. Repeatable.",
         ),
-        click.argument("config", type=click.Path(dir_okay=False, path_type=Path)),
     ]  # fmt: skip
     for decorator in decorators:
         command = decorator(command)
     return command
+
+
+def run_options(command: F) -> F:
+    """CONFIG and the common options."""
+    config = click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+    return config(common_options(command))
 
 
 def json_option(command: F) -> F:

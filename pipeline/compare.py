@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from pipeline import report_tables
 from pipeline.cells import GENERATION, METRICS, Cell, Table, count
+from pipeline.config import BASELINE, BEFORE, FUSED
 from pipeline.plots import OVERALL, Line, perplexity
 from pipeline.report import training_curves
-from pipeline.report_tables import BASELINE, BEFORE, ENSEMBLE, FUSED
+from pipeline.report_tables import ENSEMBLE
 from storage.errors import ConfigError
 
 _COLOURS: Final = ("fused", "baseline", "teacher-1", "teacher-2", "teacher-3", "teacher-4",
@@ -33,7 +34,7 @@ class Run:
 
     Attributes:
         label: its name; where two have one name, its folder.
-        curves: student → curves (plots.training_curves).
+        curves: student → curves (curves.training_curves).
         colour: CSS variable.
     """
 
@@ -190,8 +191,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         caches = run.evaluation["fingerprints"]["caches"]
         for name, table in run.evaluation["teachers"].items():
-            key = ("teacher", name, str(caches.get(name)))
             model = report_tables.teacher_model(run.evaluation, name)
+            key = ("teacher", name, f"{caches.get(name)} {_alike(table, model)}")
             add(run, key, Line(name, "muted"), model, table)
     for run in runs:
         fused = run.evaluation["fused"]
@@ -206,10 +207,12 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     return list(found.values())
 
 
-def _alike(table: Mapping[str, Any] | None) -> str:
-    """Returns what two models have in common that were measured alike, against the same target."""
-    losses = {d: (row.get("ce"), row.get("kd")) for d, row in (table or {}).items() if "ce" in row}
-    return json.dumps(losses)
+def _alike(table: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None) -> str:
+    """Returns what two models have in common that were measured alike, against the same target, and wrote
+    the same."""
+    keys = ("ce", "kd", "agreement")
+    losses = {d: [row.get(key) for key in keys] for d, row in (table or {}).items() if "ce" in row}
+    return json.dumps([losses, (model or {}).get("generation")])
 
 
 def _group(corpus: str, runs: Sequence[Run]) -> Group:

@@ -22,8 +22,8 @@ from storage.errors import ConfigError
 from storage.local_cache import LocalCache
 from storage.remote import Root, root_of
 
-RESERVED = ("before", "fused", "cross_entropy")
-"""Names of a run's students, and of the ensemble."""
+BEFORE, FUSED, BASELINE = "before", "fused", "cross_entropy"
+"""Names of a run's students; "fused" is also the ensemble's."""
 
 
 class RunConfig(Options):
@@ -73,7 +73,7 @@ class RunConfig(Options):
                 or name[0] == "."
             ):
                 raise ValueError(f"{name!r} is a folder's name: letters, digits, '-', '_', '.'")
-            if name in RESERVED:
+            if name in (BEFORE, FUSED, BASELINE):
                 raise ValueError(
                     f"a teacher cannot be named {name!r}: reports use it for the ensemble or a student"
                 )

@@ -8,46 +8,24 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pipeline.config import RESERVED
+from pipeline.config import BASELINE, BEFORE, FUSED
+from pipeline.heldout_text import HeldoutText, continuations, sample_prompts
 from pipeline.report import read_metrics
 from pipeline.token_view import token_view
-from pipeline.workspace import BEFORE, Workspace
+from pipeline.workspace import Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError
-from storage.types import Int64
 
 if TYPE_CHECKING:
     import torch
 
     from stages.batches import BatchReader
-    from stages.generation import Prompt
     from stages.run import Run
     from stages.text_scores import Continuation
-
-
-@dataclass(frozen=True)
-class HeldoutText:
-    """What is asked of every model alike, besides the blocks.
-
-    Attributes:
-        tokenizer: the corpus's.
-        prompts: of all domains.
-        target_bytes: int64 [N], bytes of each held-out block's scored targets; None where the tokenizer
-            does not say.
-        shown: index of each prompt that the report shows → its sample, with what each model wrote.
-    """
-
-    tokenizer: Any
-    prompts: list[Prompt]
-    target_bytes: Int64 | None
-    shown: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -179,27 +157,6 @@ def _generation(
     return by_domain, written["greedy"]
 
 
-def continuations(
-    work: Workspace, model: Any, prompts: HeldoutText, temperature: float
-) -> list[Continuation]:
-    """Returns what the model writes after every prompt; temperature 0 is greedy."""
-    from stages.generation import continue_prompts
-    from stages.text_scores import Continuation
-
-    options, tokenizer = work.config.evaluate, prompts.tokenizer
-    ids = continue_prompts(
-        model, tokenizer, [prompt.tokens for prompt in prompts.prompts], options.new_tokens,
-        temperature, options.seed,
-    )  # fmt: skip
-    return [
-        Continuation(
-            prompt.domain, new, tokenizer.decode(new, skip_special_tokens=True),
-            tokenizer.decode(prompt.following, skip_special_tokens=True),
-        )
-        for prompt, new in zip(prompts.prompts, ids, strict=True)
-    ]  # fmt: skip
-
-
 def _teacher(
     work: Workspace, job: TeacherJob, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText,
     device: torch.device,
@@ -212,6 +169,7 @@ def _teacher(
     from stages.teacher import load_causal_lm
 
     options, key = work.config.teachers[job.name], f"teachers.{job.name}.model"
+    _free()
     model = load_causal_lm(
         job.folder, key, dtype=getattr(torch, options.dtype), attention=options.attention,
         device=device, device_map=options.device_map, trust_remote_code=options.trust_remote_code,
@@ -220,8 +178,6 @@ def _teacher(
     _show(prompts, job.name, written)
     bf16, heldout = options.dtype == "bfloat16", info.block_ids("heldout")
     speed = forward_speed(model, reader, heldout, options.batch_blocks, bf16)
-    del model
-    _free()
     work.progress.advance(1)
     return {
         "parameters": parameters(job.folder, key), "generation": generation, "tokens_per_s": speed,
@@ -284,7 +240,7 @@ def require_models(work: Workspace, models: Mapping[str, Path], taken: Sequence[
     ours = work.tokenizer() if models else None
     for name, folder in models.items():
         where = f"--model {name}={folder}"
-        if name in (*RESERVED, *taken):
+        if name in (BEFORE, FUSED, BASELINE, *taken):
             raise ConfigError(
                 "the run has a model of this name, or could have", where=where, found=name,
                 todo="name it otherwise",
@@ -295,49 +251,6 @@ def require_models(work: Workspace, models: Mapping[str, Path], taken: Sequence[
                 todo="give the folder of an exported model",
             )  # fmt: skip
         require_same_tokenizer(ours, load_tokenizer(folder, where), "the corpus", where)
-
-
-def sample_prompts(work: Workspace, reader: BatchReader, info: CorpusInfo) -> HeldoutText:
-    """Returns the prompts of each domain, and the bytes of the held-out blocks' targets."""
-    from stages.generation import choose_prompts
-    from stages.text_bytes import added_space, id_bytes, target_bytes
-
-    options, tokenizer = work.config.evaluate, work.tokenizer()
-    corpus, end = reader.corpus, tokenizer.eos_token_id
-    count, sizes = max(options.prompts, options.samples), id_bytes(tokenizer)
-    prompts: list[Prompt] = []
-    shown: dict[int, dict[str, Any]] = {}
-    for domain in info.domains if count else ():
-        found = choose_prompts(
-            corpus, domain, count, options.prompt_tokens, options.new_tokens, end
-        )
-        for i, prompt in enumerate(found[: options.samples], start=len(prompts)):
-            shown[i] = {
-                "domain": domain, "prompt": tokenizer.decode(prompt.tokens),
-                "reference": tokenizer.decode(prompt.following), "continuations": {},
-            }  # fmt: skip
-        prompts += found
-    if sizes is None:
-        return HeldoutText(tokenizer, prompts, None, shown)
-    space, heldout = added_space(tokenizer, sizes), info.block_ids("heldout").tolist()
-    counted = [int(target_bytes(corpus.read([block]), sizes, space)[0]) for block in heldout]
-    return HeldoutText(tokenizer, prompts, np.array(counted, np.int64), shown)
-
-
-def generate(
-    model: Any, tokenizer: Any, tokens: list[int], new_tokens: int, temperature: float, seed: int
-) -> str:
-    """Returns what a causal LM writes after a prompt, as text without special tokens.
-
-    Args:
-        temperature: 0 is greedy.
-        seed: of the sampling.
-    """
-    from stages.generation import continue_prompts
-
-    [ids] = continue_prompts(model, tokenizer, [tokens], new_tokens, temperature, seed)
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text
 
 
 def training_cost(run: Run, device: str) -> dict[str, Any]:

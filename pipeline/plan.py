@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import BASELINE, FUSED
 from pipeline.status import newest_step
-from pipeline.workspace import BASELINE, FUSED, Workspace
+from pipeline.workspace import Workspace
 from stages.documents import source_files
 from stages.model_files import context_length, hidden_size, locate, parameters, read_config
 from stages.teacher_jobs import COMPRESSION, TeacherJob, measured, stored

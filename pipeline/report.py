@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import yaml
 
-from pipeline import plots, report_tables
+from pipeline import curves, plots, report_tables
 from pipeline.cells import date
+from pipeline.config import BASELINE, BEFORE, FUSED
 from pipeline.page import render, write_files
 from pipeline.plots import OVERALL, perplexity
-from pipeline.report_tables import BASELINE, BEFORE, ENSEMBLE, FUSED, STUDENTS, Evaluation
+from pipeline.report_tables import ENSEMBLE, STUDENTS, Evaluation
 from storage.errors import CorruptShard
 
 _SCRIPTS: Final = ("sort.js", "tokens.js")
@@ -53,11 +54,11 @@ def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Path]:
         CorruptShard: a file of the run is not the JSON that it should be.
     """
     evaluation = report_tables.read_evaluation(run_dir)
-    curves = training_curves(run_dir, evaluation)
+    drawn = training_curves(run_dir, evaluation)
     view = _view(evaluation)
     head = {"summary": asdict(view["summary"]), "comparison": _comparison(evaluation)}
-    every = {"format": 1, **head, **evaluation, "curves": curves}
-    page = view | {"plots": _plots(evaluation, curves), "tokens": _island(evaluation)}
+    every = {"format": 1, **head, **evaluation, "curves": drawn}
+    page = view | {"plots": _plots(evaluation, drawn), "tokens": _island(evaluation)}
     contents = {
         "html": render("report.html.j2", page, _SCRIPTS),
         "md": render("report.md.j2", view),
@@ -67,10 +68,10 @@ def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Path]:
 
 
 def training_curves(run_dir: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns student → curves (plots.training_curves), in the order of the tables."""
+    """Returns student → curves (curves.training_curves), in the order of the tables."""
     found = {p.parent.name: p for p in run_dir.glob("students/*/metrics.jsonl")}
     return {
-        name: plots.training_curves(read_metrics(found[name]))
+        name: curves.training_curves(read_metrics(found[name]))
         for name in report_tables.student_lines(evaluation)
         if name in found
     }
@@ -192,7 +193,7 @@ def _island(evaluation: Evaluation) -> dict[str, Any] | None:
     return {**tokens, "passages": passages, "lines": lines}
 
 
-def _plots(evaluation: Evaluation, curves: Mapping[str, Any]) -> dict[str, Any]:
+def _plots(evaluation: Evaluation, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the panels of each plot and its legend."""
     domains, teachers = evaluation["domains"], report_tables.teacher_lines(evaluation)
     heldout = [OVERALL, *domains] if len(domains) > 1 else domains
@@ -202,13 +203,13 @@ def _plots(evaluation: Evaluation, curves: Mapping[str, Any]) -> dict[str, Any]:
     }
     measured.pop(STUDENTS[BEFORE], None)  # millions: it is in the table, and would flatten the rest
     ensemble = measured.get(ENSEMBLE, {})
-    weights = curves.get(FUSED, {}).get("weights", {})
+    weights = drawn.get(FUSED, {}).get("weights", {})
     lines = report_tables.student_lines(evaluation)
-    students = [lines[student] for student in curves]
+    students = [lines[student] for student in drawn]
     heldout_lines = [*students, ENSEMBLE] if ensemble else students
     return {
-        "losses": (plots.loss_panels(curves, lines), students),
-        "heldout": (plots.heldout_panels(curves, lines, heldout, ensemble), heldout_lines),
+        "losses": (plots.loss_panels(drawn, lines), students),
+        "heldout": (plots.heldout_panels(drawn, lines, heldout, ensemble), heldout_lines),
         "weights": (plots.weight_panels(weights, domains, teachers), list(teachers.values())),
         "bars": (plots.bar_panels(list(measured.items()), heldout), []),
     }

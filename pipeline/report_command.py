@@ -7,18 +7,14 @@ from pathlib import Path
 
 import click
 
+from pipeline.command_options import common_options
 from storage.errors import ConfigError, IncompleteCache
 
 _ONE, _SEVERAL = "RUN/report", "report"
 
 
 @click.command()
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-    help="If RUN is a configuration: lay a value over it. Repeatable.",
-)  # fmt: skip
+@common_options
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path),
     help=f"Folder to write to; {_ONE} for one run, ./{_SEVERAL} for several if not given.",

@@ -21,13 +21,13 @@ from pipeline.cells import (
     size,
     time,
 )
+from pipeline.config import BASELINE, BEFORE, FUSED
 from pipeline.plots import OVERALL, Line
 from stages.weighting import looks_at_gold
 from storage.errors import CorruptShard, IncompleteCache
 
 Evaluation = Mapping[str, Any]
 
-BEFORE, FUSED, BASELINE = "before", "fused", "cross_entropy"
 ENSEMBLE: Final = Line("fused ensemble", "ensemble", "dashed")
 STUDENTS: Final = {
     BEFORE: Line("student before", "before"),

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import BASELINE, FUSED
 from pipeline.launch.logs import failed_tasks
-from pipeline.workspace import BASELINE, FUSED, Workspace
+from pipeline.workspace import Workspace
 from stages.teacher_jobs import TeacherJob, measured
 from storage import manifest
 from storage.leases import failures, leases

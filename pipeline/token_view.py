@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.block_view import Vocabulary
-from pipeline.workspace import BEFORE, Workspace
+from pipeline.config import BEFORE
+from pipeline.workspace import Workspace
 from stages.batches import Batch, BatchReader
 from stages.head import Head, run_decoder
 from storage.types import LOG_ZERO, AnyArray, Bool, Int64

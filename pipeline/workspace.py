@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cache_workspace import CacheWorkspace
-from stages.layer_pairs import Pair, resolve_pairs, wanted_layers
+from pipeline.config import BASELINE, FUSED
+from pipeline.student_identity import feature_pairs, student_identity
+from stages.layer_pairs import wanted_layers
 from stages.model_files import (
-    config_file,
-    layer_count,
     locate,
-    model_identity,
     read_config,
 )
 from stages.target_options import LossOptions
@@ -34,18 +33,10 @@ if TYPE_CHECKING:
     from stages.run import Run
     from stages.stop import StopSignals
 
-FUSED, BASELINE, BEFORE = "fused", "cross_entropy", "before"
 _MEASURED = (
     "temperature", "divergence", "beta", "skew", "target", "chunk_tokens", "chunk_bytes",
 )  # fmt: skip
 """Keys of `loss` that decide what KD is, whatever its share."""
-
-
-_SAME_STUDENT = {
-    "baseline", "decode", "workers", "keep_checkpoints", "checkpoint_every", "log_every",
-    "eval_every", "loggers", "parallel", "compile", "async_checkpoint",
-}  # fmt: skip
-"""Keys of `train` that do not decide what is learned."""
 
 
 class Workspace(CacheWorkspace):
@@ -72,55 +63,12 @@ class Workspace(CacheWorkspace):
             )
         return {
             name: Run(
-                config.run / "students" / name, self._identity(name, loss, info, jobs), config.train,
+                config.run / "students" / name, student_identity(self, name, loss, info, jobs),
+                config.train,
                 loss, train, heldout, getattr(torch, dtype), config.student.lora,
             )
             for name, loss in losses.items()
         }  # fmt: skip
-
-    def _identity(
-        self, name: str, loss: LossOptions, info: CorpusInfo, jobs: list[TeacherJob]
-    ) -> dict[str, Any]:
-        """Returns what decides a student's weights; the baseline reads no cache and fuses nothing."""
-        config, fused = self.config, name == FUSED
-        caches = {
-            job.name: fingerprint(job.identity)
-            for job in jobs
-            if fused and job.name in config.fused_teachers
-        }
-        student = config.student.model_dump(mode="json", exclude={"model", "revision", "config"})
-        return {
-            "corpus": info.fingerprint,
-            "train_blocks": [[s.first_block, s.blocks] for s in info.sources if s.split == "train"],
-            "caches": caches,
-            "student": {"files": self._student_files(self.student_folder()), **student},
-            "fusion": config.fusion.model_dump(mode="json") if fused else {},
-            "loss": loss.model_dump(mode="json"),
-            "feature_pairs": [
-                {"student": ours, "teacher": name, "layer": theirs}
-                for ours, name, theirs in self._pairs(loss, jobs)
-            ],
-            "train": config.train.model_dump(mode="json", exclude=_SAME_STUDENT),
-        }
-
-    def _pairs(self, loss: LossOptions, jobs: list[TeacherJob]) -> list[Pair]:
-        """Returns which layers a training aligns; depths are looked up where they decide.
-
-        Raises:
-            ConfigError: a pair that is not stored, or a model that does not tell its layers.
-        """
-        fused, student = self.config.fused_teachers, self.config.student
-        stored = {job.name: job.layout.feature_layers for job in jobs if job.name in fused}
-        if loss.features.weight == 0 or loss.features.pairs != "auto":
-            return resolve_pairs(loss.features, stored, {}, 0)
-        depths = {
-            job.name: _depth(job.folder, f"teachers.{job.name}.model")
-            for job in jobs
-            if stored.get(job.name)
-        }
-        kept = student.keep_layers
-        ours = _depth(self.student_folder(), "student") if kept is None else len(kept)
-        return resolve_pairs(loss.features, stored, depths, ours)
 
     def train_students(self) -> dict[str, Run]:
         """Trains what is not trained yet, together with the other ranks if there are any.
@@ -182,7 +130,10 @@ class Workspace(CacheWorkspace):
         )
         require_student_fit(model, jobs[0].layout)
         check_model(model, Head.of(model, bfloat16=False), self._student_key, "student.attention")
-        pairs, sizes = self._pairs(run.loss, jobs), {j.name: j.layout.hidden_size for j in jobs}
+        pairs, sizes = (
+            feature_pairs(self, run.loss, jobs),
+            {j.name: j.layout.hidden_size for j in jobs},
+        )
         bf16 = run.train.precision == "bf16"
         student = DistilledStudent(model, run.loss, bf16, pairs, sizes, run.train.seed)
         # Two readers: one is read ahead in a thread while the other serves an evaluation.
@@ -322,7 +273,7 @@ class Workspace(CacheWorkspace):
         self._setup_torch()
         import torch
 
-        from pipeline.evaluation import generate
+        from pipeline.heldout_text import generate
         from stages.device import choose_device
         from stages.teacher import load_causal_lm
         from stages.tokenizer import load_tokenizer
@@ -351,23 +302,3 @@ class Workspace(CacheWorkspace):
     def _student_key(self) -> str:
         """The key of the configuration that says where the student comes from."""
         return "student.config" if self.config.student.model is None else "student.model"
-
-    def _student_files(self, folder: Path) -> dict[str, str]:
-        if self.config.student.model is None:
-            return {"config.json": self.memo.sha256(config_file(folder))}
-        return model_identity(folder, "student.model", self.memo)
-
-
-def _depth(folder: Path, key: str) -> int:
-    """Returns how many decoder layers a model has, as its configuration says.
-
-    Raises:
-        ConfigError: it does not say.
-    """
-    count = layer_count(read_config(folder, key))
-    if count is None:
-        raise ConfigError(
-            "the model's configuration does not say how many layers it has", where=f"{key}: {folder}",
-            todo="name the layers by hand in loss.features.pairs instead of auto",
-        )  # fmt: skip
-    return count

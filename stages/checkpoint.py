@@ -74,7 +74,10 @@ def save_checkpoint(
             shutil.rmtree(left, ignore_errors=True)
         size = sum(t.nbytes for t in _leaves(tensors))
         durable.require_free(
-            root, size + (16 << 20), f"the checkpoint of step {step}", "train.keep_checkpoints"
+            root,
+            size + (16 << 20),
+            f"the checkpoint of step {step}",
+            "smaller train.keep_checkpoints",
         )
         with durable.disk_errors(root):
             temporary.mkdir(parents=True)

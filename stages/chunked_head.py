@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stages.chunk_terms import chunk_terms
 from stages.divergences import Divergence
@@ -123,7 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         terms = torch.zeros(5, len(hidden), dtype=wide, device=hidden.device)
-        grads = _Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
+        grads = Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
@@ -148,6 +149,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (scales[0] * ce + scales[1] * kd).to(wide), terms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         # Everything is linear in `grad`, which is 1 in a plain step: a pass over [P, D] saved.
         plain = grad.device.type == "cpu" and float(grad) == 1.0
@@ -168,7 +170,7 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return kept[: rows * columns].view(rows, columns)
 
 
-class _Gradients:
+class Gradients:
     """Accumulates the gradients of hidden states, head and bias over the chunks, in float32.
 
     Only those that are wanted: with adapters the head is frozen, and its gradient is the largest.

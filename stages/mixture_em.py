@@ -21,9 +21,7 @@ from storage.blocks import BlockReader
 from storage.corpus_info import CorpusInfo
 from storage.errors import CorpusError
 from storage.reader import CacheReader
-from storage.types import Int64
-
-Float64 = npt.NDArray[np.float64]
+from storage.types import Float64, Int64
 
 TOLERANCE = 1e-8  # gain of an iteration, nats a row, at which it ends
 _AT_ONCE = 16  # blocks read together

@@ -168,7 +168,10 @@ class Packer:
         sources, identity = self.plan[len(self.generations)]
         batch = _concatenate(self._pending, self._part * self.options.blocks_per_part)
         durable.require_free(
-            self.root, batch.tokens.size * _BYTES_PER_TOKEN, "a part of the corpus"
+            self.root,
+            batch.tokens.size * _BYTES_PER_TOKEN,
+            "a part of the corpus",
+            "fewer corpus.sources",
         )
         content = content_digest(batch)
         self._content = bytes_sha256((self._content + content).encode())

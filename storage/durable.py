@@ -231,14 +231,14 @@ def replace_folder(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def require_free(folder: Path, needed: int, what: str, key: str = "store.k") -> None:
+def require_free(folder: Path, needed: int, what: str, less: str = "smaller store.k") -> None:
     """Refuses to begin what cannot be finished.
 
     Args:
         folder: where the bytes will go (need not exist yet).
         needed: bytes.
         what: what they are, for the message.
-        key: of the option by which there would be less of them.
+        less: by which option there would be less of them.
 
     Raises:
         DiskFull: fewer than `needed` bytes are free.
@@ -253,5 +253,5 @@ def require_free(folder: Path, needed: int, what: str, key: str = "store.k") -> 
             where=folder,
             expected=f"at least {needed / 1e6:,.3f} MB free",
             found=f"{free / 1e6:,.3f} MB free",
-            todo=f"free some space, choose another folder, or store less (smaller {key})",
+            todo=f"free some space, choose another folder, or store less ({less})",
         )

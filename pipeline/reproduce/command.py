@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.command_options import run_options
+
 if TYPE_CHECKING:
     from pipeline.console import Console
     from pipeline.reproduce.harness import Harness
@@ -32,11 +34,7 @@ if TYPE_CHECKING:
 @click.option("--keep", is_flag=True, help="Keep the students' models.")
 @click.option("--write-results", "page", type=click.Path(dir_okay=False, path_type=Path),
               help="Run nothing; write this page, and its plots beside it, of what is done.")  # fmt: skip
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Lay a value over the configuration, for all rows. Repeatable.")  # fmt: skip
-@click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@run_options
 def reproduce(
     config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int, tasks: int,
     folder: Path, plan: bool, keep: bool, page: Path | None, overrides: Sequence[str], quiet: bool,

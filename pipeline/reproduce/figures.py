@@ -19,7 +19,8 @@ def figures_of(work: Workspace, model_folder: Path) -> dict[str, float]:
     """
     import torch
 
-    from pipeline.evaluation import sample_prompts, student_figures
+    from pipeline.evaluation import student_figures
+    from pipeline.heldout_text import sample_prompts
     from stages.device import choose_device
     from stages.teacher import load_causal_lm
 
@@ -37,7 +38,8 @@ def figures_of(work: Workspace, model_folder: Path) -> dict[str, float]:
 
 def notes_figures(work: Workspace, name: str) -> dict[str, float]:
     """Returns the figures of a teacher, or of the ensemble ("fused"), on the held-out blocks."""
-    from pipeline.evaluation import cached_figures, sample_prompts
+    from pipeline.evaluation import cached_figures
+    from pipeline.heldout_text import sample_prompts
 
     reader = work.heldout_reader()
     info = reader.corpus.info

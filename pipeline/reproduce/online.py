@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.batches import Batch
-from stages.chunked_head import _Gradients
+from stages.chunked_head import Gradients
 from stages.head import Head, run_decoder
 from stages.student import DistilledStudent, StepLoss
 from stages.teacher import TransformersTeacher
@@ -33,7 +33,7 @@ class _DenseLoss(torch.autograd.Function):
         tau: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = hidden.requires_grad
-        grads = _Gradients(hidden, head, torch.float32, True, True, False) if wanted else None
+        grads = Gradients(hidden, head, torch.float32, True, True, False) if wanted else None
         terms = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, min(start + CHUNK, len(hidden)))

@@ -15,11 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import FUSED
 from pipeline.report import read_metrics
 from pipeline.reproduce.figures import figures_of, notes_figures
 from pipeline.reproduce.harness import Harness
 from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, PINNED, Row
-from pipeline.workspace import FUSED, Workspace
+from pipeline.workspace import Workspace
 from storage import durable
 
 FIGURES = "figures.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from conftest import Lab, build_parts
 from torch import Tensor
+from whole_caches import dense_logits, model, whole_caches
 
 from stages import bootstrap, evaluate
 from stages.bootstrap import interval, resampled
@@ -20,7 +20,6 @@ from stages.calibration import BINS, bin_sums, calibration_error
 from stages.evaluate import Sums, cached_sums, figures, forward_speed, heldout_sums, table
 from stages.losses import bucket_kl
 from stages.student import DistilledStudent
-from stages.teacher import load_causal_lm
 
 CPU = torch.device("cpu")
 
@@ -34,30 +33,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     lab.config["corpus"]["sources"].append(
         {"domain": "y", "split": "heldout", "format": "jsonl", "path": f"{root}/y.jsonl"}
     )
-    opened = lab.workspace(
-        store={"k": lab.vocab_size, "temperatures": [], "preset": "exact"}, loss={"chunk_tokens": 7},
-        teachers__one__dtype="float32", teachers__two__dtype="float32",
-    )  # fmt: skip
-    opened.cache_teachers()
-    return opened
-
-
-def model(work: Any, name: str) -> Any:
-    folder = Path(work.config.teachers[name].model)
-    return load_causal_lm(folder, name, dtype=torch.float32, attention="auto", device=CPU).eval()
+    return whole_caches(lab)
 
 
 def dense(work: Any, name: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (log p [R, V], gold [R], most probable of all P ids [R]) of a model that reads one block a
     document at a time."""
-    batch = work.batch_reader().read(np.array([block]))
-    starts = [*(batch.positions[0] == 0).nonzero()[:, 0].tolist(), batch.inputs.shape[1]]
-    network, pieces = model(work, name), []
-    with torch.no_grad():
-        for begin, end in pairwise(starts):
-            pieces.append(network(input_ids=batch.inputs[:, begin:end]).logits[0])
-    vocab = work.batch_reader().corpus.info.vocab_size
-    logits = torch.cat(pieces)[batch.scored[0]].double()
+    reader = work.batch_reader()
+    batch, vocab = reader.read(np.array([block])), reader.corpus.info.vocab_size
+    logits = dense_logits(work, name, batch)
     return torch.log_softmax(logits[:, :vocab], -1), batch.gold, logits.argmax(-1)
 
 

@@ -259,7 +259,7 @@ def test_pairs_must_be_stored() -> None:
 
 
 def test_a_model_that_does_not_tell_its_depth_is_refused(lab: Lab, tmp_path: Path) -> None:
-    from pipeline.workspace import _depth
+    from pipeline.student_identity import _depth
 
     assert _depth(lab.root / "a", "teachers.one.model") == 3
     (tmp_path / "config.json").write_text('{"hidden_size": 32}')

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import plots, report
+from pipeline import curves, plots, report
 from pipeline.plots import Line
 from pipeline.report import summary, write_report
 from storage.errors import CorruptShard, IncompleteCache
@@ -393,18 +393,18 @@ def test_values_that_are_no_numbers_do_not_stop_the_report(tmp_path: Path) -> No
 
 def test_curve_keeps_means_weighted_by_tokens() -> None:
     points = [(i + 1, float(i % 2), 3.0 if i % 2 else 1.0) for i in range(800)]
-    thin = plots.curve(points)
+    thin = curves.curve(points)
     assert len(thin["step"]) == len(thin["smoothed"]) == 400 and thin["step"][-1] == 800
     assert thin["value"] == pytest.approx([0.75] * 400)
 
 
 def test_smoothing_keeps_a_straight_line_but_for_its_end() -> None:
     line = [float(i) for i in range(100)]
-    assert plots.smoothed(line, [1.0] * 100)[:95] == pytest.approx(line[:95])
+    assert curves.smoothed(line, [1.0] * 100)[:95] == pytest.approx(line[:95])
 
 
 def test_curve_of_nothing_is_empty() -> None:
-    assert plots.curve([(1, math.nan, 1.0), (2, 1.0, 0.0)]) == {
+    assert curves.curve([(1, math.nan, 1.0), (2, 1.0, 0.0)]) == {
         "step": [], "value": [], "smoothed": []
     }  # fmt: skip
 

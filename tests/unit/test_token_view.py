@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lab, build_parts, make_tokenizer
+from whole_caches import dense_logits, model, whole_caches
 
 from pipeline.block_view import Vocabulary
 from pipeline.token_view import CANDIDATES, TokenView, student_rows
 from stages.student import DistilledStudent
-from stages.teacher import load_causal_lm
 
 ROWS = 20
 
@@ -27,31 +26,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root: Path = tmp_path_factory.mktemp("tokens")
     build_parts(root)
     lab = Lab(root)
-    for teacher in lab.config["teachers"].values():
-        teacher["dtype"] = "float32"
-    opened = lab.workspace(
-        store={"k": lab.vocab_size, "temperatures": [], "preset": "exact"}, loss={"chunk_tokens": 7}
-    )
-    opened.cache_teachers()
-    return opened
-
-
-def model(work: Any, name: str) -> Any:
-    folder = Path(work.config.teachers[name].model)
-    cpu = torch.device("cpu")
-    return load_causal_lm(folder, name, dtype=torch.float32, attention="auto", device=cpu).eval()
+    return whole_caches(lab)
 
 
 def dense(work: Any, name: str, batch: Any) -> np.ndarray[Any, Any]:
-    """Returns log p [R, V] of a block that is read one document at a time."""
-    starts = [*(batch.positions[0] == 0).nonzero()[:, 0].tolist(), batch.inputs.shape[1]]
-    network, pieces = model(work, name), []
-    with torch.no_grad():
-        for begin, end in pairwise(starts):
-            pieces.append(network(input_ids=batch.inputs[:, begin:end]).logits[0])
+    """Returns log p [R, V]."""
     vocab = work.batch_reader().corpus.info.vocab_size
-    logits = torch.cat(pieces)[batch.scored[0]].double()
-    return torch.log_softmax(logits[:, :vocab], -1).numpy()
+    return torch.log_softmax(dense_logits(work, name, batch)[:, :vocab], -1).numpy()
 
 
 @pytest.fixture(scope="module")

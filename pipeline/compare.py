@@ -179,40 +179,44 @@ def short_name(row: Row, longest: int | None = None) -> str:
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Returns the models of runs over one corpus: teachers, ensembles, then students."""
-    found: dict[tuple[str, str, str], Row] = {}
+    found: list[tuple[str, Row]] = []
 
-    def add(run: Run, key: tuple[str, str, str], line: Line, entry: Any, table: Any) -> None:
-        if table and key in found:
-            found[key].runs.append(run.label)
-        elif table:
-            written = entry.get("generation") or {}
-            found[key] = Row([run.label], *key[:2], line, table, written)
+    def add(
+        run: Run, kind: str, name: str, origin: str, line: Line, entry: Any, table: Any
+    ) -> None:
+        row = Row([run.label], kind, name, line, table or {}, entry.get("generation") or {})
+        for its_origin, one in found if table else ():
+            if (one.kind, one.name, its_origin) == (kind, name, origin) and _agree(one, row):
+                one.runs.append(run.label)
+                return
+        if table:
+            found.append((origin, row))
 
     for run in runs:
         caches = run.evaluation["fingerprints"]["caches"]
         for name, table in run.evaluation["teachers"].items():
             model = report_tables.teacher_model(run.evaluation, name)
-            key = ("teacher", name, f"{caches.get(name)} {_alike(table, model)}")
-            add(run, key, Line(name, "muted"), model, table)
+            add(run, "teacher", name, str(caches.get(name)), Line(name, "muted"), model, table)
     for run in runs:
-        fused = run.evaluation["fused"]
-        add(run, ("ensemble", FUSED, _alike(fused)), ENSEMBLE, {}, fused)
+        add(run, "ensemble", FUSED, "", ENSEMBLE, {}, run.evaluation["fused"])
     for run in runs:
         for name, line in report_tables.student_lines(run.evaluation).items():
             entry = run.evaluation["students"].get(name, {})
-            table = entry.get("domains")
-            untrained = name == BEFORE
-            key = ("untrained", name, _alike(table)) if untrained else (STUDENT, name, run.label)
-            add(run, key, line, entry, table)
-    return list(found.values())
+            kind, origin = ("untrained", "") if name == BEFORE else (STUDENT, run.label)
+            add(run, kind, name, origin, line, entry, entry.get("domains"))
+    return [row for _, row in found]
 
 
-def _alike(table: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None) -> str:
-    """Returns what two models have in common that were measured alike, against the same target, and wrote
-    the same."""
-    keys = ("ce", "kd", "agreement")
-    losses = {d: [row.get(key) for key in keys] for d, row in (table or {}).items() if "ce" in row}
-    return json.dumps([losses, (model or {}).get("generation")])
+def _agree(one: Row, other: Row) -> bool:
+    """Returns whether two models' figures and texts are the same, as far as both were measured: a teacher
+    agrees with another ensemble in another run, and may have continued other prompts."""
+    told = [
+        (one.table[domain].get(key), other.table[domain].get(key))
+        for domain in one.table.keys() & other.table.keys()
+        for key in ("ce", "kd", "agreement")
+    ]
+    told.append((one.generation or None, other.generation or None))
+    return all(a is None or b is None or a == b for a, b in told)
 
 
 def _group(corpus: str, runs: Sequence[Run]) -> Group:

@@ -158,3 +158,13 @@ def test_one_run_twice_by_another_path_is_refused(runs: list[Path], tmp_path: Pa
     (tmp_path / "link").symlink_to(runs[0])
     with pytest.raises(ConfigError, match="named twice"):
         read_runs([runs[0], tmp_path / "link"])
+
+
+def test_a_teacher_measured_against_another_ensemble_stands_apart(tmp_path: Path) -> None:
+    folders = []
+    for name, agreement in (("a", 0.5), ("b", 0.8)):
+        one = complete(measured(name))
+        one["teachers"]["generalist"]["overall"]["agreement"] = agreement
+        folders.append(write_run(tmp_path / name, one))
+    apart = [row.runs for row in rows_of(read_runs(folders)) if row.line.label == "generalist"]
+    assert apart == [["a"], ["b"]]

@@ -242,11 +242,9 @@ def require_free(folder: Path, needed: int, what: str, less: str = "smaller stor
 
     Raises:
         DiskFull: fewer than `needed` bytes are free.
+        FailingFolder
     """
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = patiently(lambda: _free(folder), folder)
     if free < needed:
         raise DiskFull(
             f"too little disk space for {what}",
@@ -255,3 +253,10 @@ def require_free(folder: Path, needed: int, what: str, less: str = "smaller stor
             found=f"{free / 1e6:,.3f} MB free",
             todo=f"free some space, choose another folder, or store less ({less})",
         )
+
+
+def _free(folder: Path) -> int:
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

@@ -16,6 +16,7 @@ import numpy as np
 from storage import manifest
 from storage.blocks import object_name
 from storage.corpus_info import CorpusInfo, load_begun, load_info
+from storage.durable import patiently
 from storage.errors import CorruptShard, ScholiastError, unreadable
 from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, order_names, shard_name
@@ -141,7 +142,7 @@ def whole_bytes(root: Root) -> int:
     """Returns the bytes of these files; of a remote root 0, for asking takes a request each."""
     if isinstance(root, RemotePath):
         return 0
-    return sum((root / name).stat().st_size for name in whole_files(root))
+    return patiently(lambda: sum((root / n).stat().st_size for n in whole_files(root)), root)
 
 
 def find_stores(root: Path) -> dict[str, Path]:

@@ -352,7 +352,7 @@ class Shaky:
             "mkdir",
         ):
             patch.setattr(os, name, self._shaken(getattr(os, name)))
-        patch.setattr(durable, "PAUSES", (0.001,) * 20)
+        patch.setattr(durable, "PAUSES", (0.001,) * 60)  # beginning a cache is one action of many operations
 
     def _shaken(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(target: Any, *arguments: Any, **named: Any) -> Any:

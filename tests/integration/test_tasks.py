@@ -352,7 +352,8 @@ class Shaky:
             "mkdir",
         ):
             patch.setattr(os, name, self._shaken(getattr(os, name)))
-        patch.setattr(durable, "PAUSES", (0.001,) * 60)  # beginning a cache is one action of many operations
+        # Many tries: to begin a cache is one action of many operations.
+        patch.setattr(durable, "PAUSES", (0.001,) * 60)
 
     def _shaken(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(target: Any, *arguments: Any, **named: Any) -> Any:

@@ -90,13 +90,14 @@ def build_parts(root: Path) -> None:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Content of every file that is part of a result (measurements and temporaries are not)."""
-    skipped = ("log.jsonl", "hashes.json", ".commit.lock")
+    """Content of every file that is part of a result: measurements, temporaries and the locks that a
+    killed process leaves are not."""
+    skipped = ("log.jsonl", "hashes.json")
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in skipped and ".tmp" not in str(path)
-        and ".partial" not in path.name
+        and ".partial" not in path.name and path.suffix != ".lock"
     }  # fmt: skip
 
 

@@ -115,6 +115,19 @@ class PrivateSlurm:
                     self.wait_for(lambda pid=pid, name=name: not _runs(pid, name), 10)  # type: ignore[misc]
                 if _runs(pid, name):
                     os.kill(pid, signal.SIGKILL)
+        for pid in self._left():  # of jobs that nobody could cancel: slurmctld had died
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _left(self) -> list[int]:
+        """Returns the processes that were started with this cluster's configuration."""
+        ours = b"SLURM_CONF=" + os.fsencode(os.environ["SLURM_CONF"])
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if ours in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
 
     def cancel_all(self) -> None:
         self.ask("scancel", f"--user={getpass.getuser()}")

@@ -136,6 +136,38 @@ def test_a_killed_task_is_reported_and_its_part_done_elsewhere(
     run.require_whole(again=1)
 
 
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup in which importing torch alone is killed by the kernel."""
+    group = Path("/sys/fs/cgroup/memory") / f"scholiast-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text("120M")
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here (version 1, as root): {error}")
+    yield group
+    group.rmdir()
+
+
+def test_out_of_memory_is_reported_with_what_to_change(
+    run: Run, slurm: PrivateSlurm, small_memory: Path
+) -> None:
+    """The kernel's own kill, not one of ours."""
+    setup = run.lab.config["cluster"]["setup"]
+    setup.append(f"echo $$ > {small_memory}/cgroup.procs")
+    run.launch("--cache-only", cluster__tasks=1)
+    slurm.settle()
+    assert "oom_kill 1" in (small_memory / "memory.oom_control").read_text()
+    assert run.manifests() == 0
+    shown = run.cli("status", run.lab.write()).output
+    assert "killed by signal 9, most often for memory" in shown
+    assert "teachers.one.batch_blocks" in shown and "cluster.teachers.one.memory" in shown
+    setup.pop()
+    run.launch("--cache-only")
+    slurm.settle()
+    run.require_whole()
+
+
 def test_a_killed_nodes_parts_are_done_elsewhere(run: Run, slurm: PrivateSlurm) -> None:
     run.slowed(batch=0.4)
     run.launch("--cache-only")

@@ -172,10 +172,29 @@ def _parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def cached_parts(_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after stage one of the configuration as it stands: made once, to be copied."""
+    root = Path(shutil.copytree(_parts, tmp_path_factory.mktemp("cached") / "lab"))
+    Lab(root).workspace().cache_teachers()
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained_parts(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after stage two."""
+    root = Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("trained") / "lab"))
+    Lab(root).workspace().train_students()
+    return root
+
+
 @pytest.fixture
-def lab(tmp_path: Path, _parts: Path) -> Lab:
-    """A fresh lab of this test's own."""
-    return Lab(Path(shutil.copytree(_parts, tmp_path / "lab")))
+def lab(request: pytest.FixtureRequest, tmp_path: Path, _parts: Path) -> Lab:
+    """A fresh lab of this test's own; with @pytest.mark.after(COMMAND) one in which that has run."""
+    mark = request.node.get_closest_marker("after")
+    names = {"cache-teachers": "cached_parts", "train-student": "trained_parts"}
+    parts = request.getfixturevalue(names[mark.args[0]]) if mark else _parts
+    return Lab(Path(shutil.copytree(parts, tmp_path / "lab")))
 
 
 @pytest.fixture

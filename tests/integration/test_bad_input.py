@@ -71,16 +71,16 @@ def test_same_vocabulary_cut_differently(lab: Lab, cli: Cli) -> None:
     refused(cli("cache-teachers", lab.write()), "cuts text differently", "pre_tokenizer")
 
 
+@pytest.mark.after("cache-teachers")
 def test_student_with_another_tokenizer(lab: Lab, cli: Cli) -> None:
     make_tokenizer(lab.root / "c", texts=[text[::-1] for text in sentences(200, 9)])
     make_model(lab.root / "c", lab.vocab_size, 3)
     config = lab.write(student={"model": f"{lab.root}/c"})
-    assert cli("cache-teachers", config).exit_code == 0
     refused(cli("train-student", config), "the student has another tokenizer")
 
 
+@pytest.mark.after("cache-teachers")
 def test_student_with_too_few_logits_or_too_short_a_context(lab: Lab, cli: Cli) -> None:
-    assert cli("cache-teachers", lab.write()).exit_code == 0
     shutil.copytree(lab.root / "a", lab.root / "c")
     make_model(lab.root / "c", lab.vocab_size - 1, 3)
     small = lab.write(student={"model": f"{lab.root}/c"})
@@ -91,11 +91,10 @@ def test_student_with_too_few_logits_or_too_short_a_context(lab: Lab, cli: Cli) 
     refused(cli("train-student", small), "the student's context", "at most 16", code=2)
 
 
+@pytest.mark.after("train-student")
 def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     """A flipped byte is refused; following the advice mends it."""
     config = lab.write()
-    for command in ("cache-teachers", "train-student"):
-        assert cli(command, config).exit_code == 0
     folder = lab.root / "run/students/fused"
     shutil.rmtree(folder / "model")
     path = next((folder / "checkpoints").glob("step-00000006/*.distcp"))
@@ -107,10 +106,10 @@ def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     assert cli("train-student", config).exit_code == 0
 
 
+@pytest.mark.after("cache-teachers")
 def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
     """The second is refused as long as the first lives; a kill leaves no lock behind."""
     config = lab.write()
-    assert cli("cache-teachers", config).exit_code == 0
     folder = lab.root / "run/students/fused"
     folder.mkdir(parents=True)
     began, begin = os.pipe()
@@ -127,12 +126,11 @@ def test_two_trainings_in_one_folder(lab: Lab, cli: Cli) -> None:
     assert not (folder / ".training").exists()
 
 
+@pytest.mark.after("train-student")
 def test_a_student_that_another_process_has_finished_meanwhile(
     lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = lab.write()
-    for command in ("cache-teachers", "train-student"):
-        assert cli(command, config).exit_code == 0
     done = lab.root / "run/students/fused/model/scholiast.json"
     aside, before = done.rename(lab.root / "aside.json"), done.parent.stat().st_ino
 
@@ -158,6 +156,7 @@ def test_a_rule_between_keys_is_told_without_a_dump(lab: Lab, cli: Cli) -> None:
     assert "Value error" not in result.output and "'accumulate'" not in result.output
 
 
+@pytest.mark.after("cache-teachers")
 def test_a_student_that_cannot_be_packed(lab: Lab, cli: Cli) -> None:
     """Its recurrent layers would carry one document's state into the next, and nothing would tell."""
     config = {
@@ -168,7 +167,6 @@ def test_a_student_that_cannot_be_packed(lab: Lab, cli: Cli) -> None:
     (lab.root / "student").mkdir()
     (lab.root / "student/config.json").write_text(json.dumps(config))
     path = lab.write(student={"config": f"{lab.root}/student"})
-    assert cli("cache-teachers", path).exit_code == 0
     refused(cli("train-student", path), "lets a packed document see", "student.attention")
     absent = lab.write(student={"config": f"{lab.root}/none"})
     refused(cli("train-student", absent), f"student.config: {lab.root}/none")
@@ -242,10 +240,9 @@ def test_share_that_leaves_one_side_empty(lab: Lab, cli: Cli) -> None:
     refused(cli("prepare", lab.write()), "corpus.sources.0", "1 documents", "`heldout`")
 
 
+@pytest.mark.after("train-student")
 def test_moved_splits_are_another_run(lab: Lab, cli: Cli) -> None:
     """The tokens, and with them the cache, stay the same; a student trained on them does not."""
-    for command in ("cache-teachers", "train-student"):
-        assert cli(command, lab.write()).exit_code == 0
     sources = lab.config["corpus"]["sources"]
     sources[1]["split"], sources[2]["split"] = "heldout", "train"
     shutil.rmtree(lab.root / "run/corpus")
@@ -254,16 +251,16 @@ def test_moved_splits_are_another_run(lab: Lab, cli: Cli) -> None:
     refused(cli("evaluate", lab.write()), "another run", "train_blocks")
 
 
+@pytest.mark.after("train-student")
 def test_student_of_other_settings_is_not_evaluated(lab: Lab, cli: Cli) -> None:
-    for command in ("cache-teachers", "train-student"):
-        assert cli(command, lab.write(loss__alpha=1.0)).exit_code == 0
-    refused(cli("evaluate", lab.write()), "another run", "loss.alpha=0.9", "loss.alpha=1.0")
+    other = lab.write(loss__alpha=1.0)
+    refused(cli("evaluate", other), "another run", "loss.alpha=0.9", "loss.alpha=1.0")
 
 
+@pytest.mark.after("cache-teachers")
 @pytest.mark.parametrize("damage", ["truncated", "zeroed"])
 def test_damaged_shard_is_mended_by_the_advice(lab: Lab, cli: Cli, damage: str) -> None:
     config, root = lab.write(), lab.root / "run/cache/one"
-    assert cli("cache-teachers", config).exit_code == 0
     path = root / "notes.zarr/head_ids/c/1/0/0"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] if damage == "truncated" else bytes(len(whole)))
@@ -272,9 +269,9 @@ def test_damaged_shard_is_mended_by_the_advice(lab: Lab, cli: Cli, damage: str) 
     assert path.read_bytes() == whole
 
 
+@pytest.mark.after("cache-teachers")
 def test_lost_cache_json_keeps_the_parts(lab: Lab, cli: Cli) -> None:
-    config, root = lab.write(), lab.root / "run/cache/one"
-    assert cli("cache-teachers", config).exit_code == 0
+    root = lab.root / "run/cache/one"
     before = {p: p.stat().st_mtime_ns for p in root.glob("notes.zarr/**/*") if p.is_file()}
     info = (root / "cache.json").read_bytes()
     (root / "cache.json").unlink()
@@ -285,8 +282,8 @@ def test_lost_cache_json_keeps_the_parts(lab: Lab, cli: Cli) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.after("cache-teachers")
 def test_cache_made_from_something_else_is_left_as_it_is(lab: Lab, cli: Cli) -> None:
-    assert cli("cache-teachers", lab.write()).exit_code == 0
     before = {p: p.read_bytes() for p in (lab.root / "run/cache").rglob("*") if p.is_file()}
     refused(cli("cache-teachers", lab.write(store__k=9)), "store.k=9", "store.k=8")
     make_model(lab.root / "b", lab.vocab_size + 24, 77, hidden=64)
@@ -295,9 +292,8 @@ def test_cache_made_from_something_else_is_left_as_it_is(lab: Lab, cli: Cli) -> 
     assert after == before
 
 
+@pytest.mark.after("train-student")
 def test_run_with_other_settings_is_left_as_it_is(lab: Lab, cli: Cli) -> None:
-    for command in ("cache-teachers", "train-student"):
-        assert cli(command, lab.write()).exit_code == 0
     model = lab.root / "run/students/fused/model/model.safetensors"
     before = model.read_bytes()
     refused(cli("train-student", lab.write(train__lr=1e-4)), "train.lr=0.0001", "train.lr=0.003")
@@ -322,11 +318,11 @@ def test_too_little_disk(lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     refused(cli("cache-teachers", lab.write()), "too little disk space", "0.001 MB free")
 
 
+@pytest.mark.after("cache-teachers")
 @pytest.mark.parametrize("name", ["head_ids/c/1/0/0", "entropy/c/0/0"])
 def test_damaged_cache(lab: Lab, cli: Cli, name: str) -> None:
     """A flipped byte is refused, and following the message's advice mends it."""
     config = lab.write(train__steps=None, train__epochs=1)  # reads every part
-    assert cli("cache-teachers", config).exit_code == 0
     root = lab.root / "run/cache/one"
     path: Path = root / "notes.zarr" / name
     data = bytearray(path.read_bytes())
@@ -340,9 +336,9 @@ def test_damaged_cache(lab: Lab, cli: Cli, name: str) -> None:
     assert cli("train-student", config).exit_code == 0
 
 
+@pytest.mark.after("cache-teachers")
 def test_missing_shard(lab: Lab, cli: Cli) -> None:
     config = lab.write(train__steps=None, train__epochs=1)
-    assert cli("cache-teachers", config).exit_code == 0
     (lab.root / "run/cache/two/notes.zarr/head_logprobs/c/0/0/0").unlink()
     refused(cli("train-student", config), "head_logprobs/c/0/0/0", "missing")
 

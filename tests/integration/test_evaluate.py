@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Lab, build_parts, make_model, make_tokenizer
+from conftest import Lab, make_model, make_tokenizer
 
 Cli = Callable[..., Any]
 TEXT_KEYS = {"bleu", "chrf", "rouge_l", "distinct_1", "distinct_2", "intervals"}
@@ -23,14 +24,11 @@ INTERVALS = {"perplexity", "bits_per_byte", "accuracy", "ece"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    root: Path = tmp_path_factory.mktemp("evaluate")
-    build_parts(root)
-    lab = Lab(root)
+def trained(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    lab = Lab(Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("evaluate") / "lab")))
     lab.config["train"]["steps"] = 2
     lab.config["evaluate"] |= {"prompts": 3, "resamples": 20}
     work = lab.workspace()
-    work.cache_teachers()
     work.train_students()
     return lab
 

@@ -60,8 +60,8 @@ def test_training_is_the_same_wherever_notes_are_decoded(cached: Lab) -> None:
     assert len(curves[0]) == 6 and curves[0] == curves[1]
 
 
+@pytest.mark.after("cache-teachers")
 def test_subset_of_teachers_and_of_entries(lab: Lab, cli: Any) -> None:
-    lab.workspace().cache_teachers()
     config = lab.write(fusion={"teachers": ["two"], "k": 3}, train__steps=2)
     for command in ("train-student", "evaluate", "report"):
         assert cli(command, config).exit_code == 0, command

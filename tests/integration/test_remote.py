@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lab, build_parts
+from conftest import Lab
 from s3_server import KEY, SECRET, s3_server
 from test_stream import order_of, same
 
@@ -64,12 +65,8 @@ def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def lab_of_caches(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    root: Path = tmp_path_factory.mktemp("remote")
-    build_parts(root)
-    lab = Lab(root)
-    lab.workspace().cache_teachers()
-    return lab
+def lab_of_caches(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("remote") / "lab")))
 
 
 @pytest.fixture

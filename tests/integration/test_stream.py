@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Lab, build_parts
+from conftest import Lab
 
 from stages.batches import Batch, BatchReader
 from stages.order import BlockOrder, Position
@@ -21,12 +22,8 @@ from storage.errors import CorruptShard, MissingShard, ScholiastError
 
 
 @pytest.fixture(scope="module")
-def lab_of_caches(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    root: Path = tmp_path_factory.mktemp("stream")
-    build_parts(root)
-    lab = Lab(root)
-    lab.workspace().cache_teachers()
-    return lab
+def lab_of_caches(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("stream") / "lab")))
 
 
 @pytest.fixture

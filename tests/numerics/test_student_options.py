@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Lab, build_parts
+from conftest import Lab
 from safetensors.torch import load_file
 
 import stages.chunked_head
@@ -32,12 +33,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    root: Path = tmp_path_factory.mktemp("options")
-    build_parts(root)
-    lab = Lab(root)
-    lab.workspace().cache_teachers()
-    return lab
+def cached(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("options") / "lab")))
 
 
 def open_lab(lab: Lab, name: str, **changes: Any) -> Any:

@@ -179,6 +179,13 @@ def give_to_gold(
     return torch.cat([ids_RK, gold_R[:, None]], -1), p.log().clamp_min(LOG_ZERO), p
 
 
+NOTES = (
+    "ids", "logprobs", "entropy", "log_tail_mass", "gold_logprob", "log_z", "draw_ids",
+    "draw_logprobs",
+)  # fmt: skip
+"""What a teacher's notes on a row are called where they travel as tensors."""
+
+
 def note_tensors(note: TeacherNotes) -> dict[str, Tensor]:
     """Returns a teacher's notes on some blocks as tensors [N, T, …] that share their memory; draws
     only where there are any."""
@@ -199,10 +206,10 @@ def note_rows(notes: Mapping[str, Tensor], scored_NT: Tensor) -> NoteRows:
     """Returns the notes on the scored rows of some blocks, on their device.
 
     Args:
-        notes: as `note_tensors` gives them.
+        notes: NOTES → [N, T, …], as `note_tensors` gives them; others are passed over.
         scored_NT: bool.
     """
-    rows = {name: tensor[scored_NT] for name, tensor in notes.items()}
+    rows = {name: notes[name][scored_NT] for name in NOTES if name in notes}
     draw_ids = rows.get("draw_ids")
     return NoteRows(
         ids=rows["ids"].long(), logprobs=rows["logprobs"], entropy=rows["entropy"],

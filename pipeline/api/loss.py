@@ -117,7 +117,8 @@ class DistillationLoss(nn.Module):
         """Returns the losses from what a decoder has left, features aside.
 
         Args:
-            hidden_states: [B, T, D], the head's input, after the final norm.
+            hidden_states: [B, T, D], the head's input, after the final norm, of a decoder that was given
+                `position_ids` and `use_cache=False` (else documents of a block see one another).
             lm_head: the head's module (`weight` [P, D], `bias` [P] or None), P ≥ V.
             alpha: share of distillation; the options' if not given.
             rule: factor and cap that follow the product; none if not given.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import yaml
 from conftest import Lab, build_parts, make_model
 from readme_blocks import readme_blocks
 from test_stream import same
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trainer_ranks import LR, STEPS, logged, student, trainer_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 README = Path(__file__).resolve().parents[2] / "pipeline/api/README.md"
 TRAIN = yaml.safe_load(readme_blocks(README, "yaml", "In other trainers")[0].text)["train"]
@@ -47,9 +51,8 @@ def our_rows(lab: Lab, name: str, **changes: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()][1:]
 
 
-def same_losses(trainer: Any, rows: list[dict[str, Any]]) -> None:
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == len(rows) == TRAIN["steps"] >= 10
+def same_losses(logs: list[dict[str, float]], rows: list[dict[str, Any]]) -> None:
+    assert len(logs) == len(rows) == TRAIN["steps"] == STEPS >= 10 and TRAIN["lr"] == LR
     for log, row in zip(logs, rows, strict=True):
         ours = {"loss": row["total"], "grad_norm": row["grad_norm"], "learning_rate": row["lr"]}
         ours |= {name: row[name] for name in ("ce", "kd", "accuracy", "agreement")}
@@ -89,7 +92,7 @@ def test_a_trainer_has_the_losses_of_our_own_loop(
     names: dict[str, Any] = {}
     for block in readme_blocks(README, "python", heading):
         block.run(names)
-    same_losses(names["trainer"], plain_rows)
+    same_losses(logged(names["trainer"]), plain_rows)
     ours = AutoModelForCausalLM.from_pretrained(lab.root / "ours/students/fused/model")
     for mine, theirs in zip(names["model"].parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -103,22 +106,16 @@ def test_every_block_is_run_by_one_of_these() -> None:
     }  # fmt: skip
 
 
-def trainer_of(lab: Lab, cache: Any, distillation: Any, model: Any, **changes: Any) -> Any:
-    arguments = {
-        "output_dir": str(lab.root / "other"), "max_steps": TRAIN["steps"],
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": TRAIN["lr"],
-        "lr_scheduler_type": "cosine", "adam_beta2": 0.95, "weight_decay": 0.01,
-        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, **changes,
-    }  # fmt: skip
-    return scholiast.DistillationTrainer(
-        model=model, args=TrainingArguments(**arguments), data_collator=scholiast.collate,
-        train_dataset=cache.dataset(seed=0, samples=4 * TRAIN["steps"]), distillation=distillation,
+def test_two_ranks_have_the_losses_of_one(lab: Lab, plain_rows: list[dict[str, Any]]) -> None:
+    """DDP over gloo: gradients are added up although DDP averages them, counts are of both ranks."""
+    script = Path(__file__).with_name("trainer_ranks.py")
+    surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, lab.root / "run.yaml", lab.root / "student"], text=True,
+        capture_output=True, env=os.environ | surroundings, timeout=120,
     )  # fmt: skip
-
-
-def student(lab: Lab) -> Any:
-    return AutoModelForCausalLM.from_pretrained(lab.root / "student", dtype=torch.float32)
+    assert done.returncode == 0, done.stderr
+    same_losses(json.loads(done.stdout.splitlines()[-1]), plain_rows)
 
 
 def test_schedules_features_checkpointing_and_bf16_are_ours_too(lab: Lab) -> None:
@@ -133,28 +130,28 @@ def test_schedules_features_checkpointing_and_bf16_are_ours_too(lab: Lab) -> Non
     }  # fmt: skip
     rows = our_rows(lab, "more", **changes)
     cache = scholiast.open_cache(lab.write("more.yaml", **changes))
-    model = student(lab)
+    model = student(lab.root / "student")
     distillation = scholiast.DistillationLoss(cache, student=model)
     trainer = trainer_of(
-        lab, cache, distillation, model, bf16=True, gradient_checkpointing=True,
+        distillation, model, lab.root / "other", bf16=True, gradient_checkpointing=True,
         dataloader_num_workers=1,
     )  # fmt: skip
     trainer.train()
-    same_losses(trainer, rows)
-    logs = [log["features"] for log in trainer.state.log_history if "features" in log]
+    same_losses(logged(trainer), rows)
+    logs = [log["features"] for log in logged(trainer)]
     assert logs == pytest.approx([row["features"] for row in rows], rel=TOLERANCE)
     assert logs[-1] < logs[0]
 
 
 def test_evaluation_is_the_batches_own_mean_and_keeps_the_model_as_it_is(lab: Lab) -> None:
     cache = scholiast.open_cache(lab.write())
-    distillation, model = scholiast.DistillationLoss(cache), student(lab)
-    trainer = trainer_of(lab, cache, distillation, model, per_device_eval_batch_size=100)
+    distillation, model = scholiast.DistillationLoss(cache), student(lab.root / "student")
+    trainer = trainer_of(distillation, model, lab.root / "other", per_device_eval_batch_size=100)
     heldout = cache.dataset("heldout")
     found = trainer.evaluate(heldout)["eval_loss"]
     with torch.no_grad():
         batch = scholiast.collate(list(heldout))
-        expected = distillation.eval()(student(lab), batch).total
+        expected = distillation.eval()(student(lab.root / "student"), batch).total
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
     assert found == pytest.approx(float(expected), rel=1e-6)
     assert logits.shape[-1] == lab.vocab_size + 8  # its forward still is what it was
@@ -165,7 +162,7 @@ def test_hidden_states_give_the_models_losses_and_gradients(lab: Lab) -> None:
     cache = scholiast.open_cache(lab.write())
     loss = scholiast.DistillationLoss(cache)
     batch = scholiast.collate(cache.dataset().__getitems__([0, 1, 2]))
-    one, other = student(lab), student(lab)
+    one, other = student(lab.root / "student"), student(lab.root / "student")
     whole = loss(one, batch)
     hidden = other.get_decoder()(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -203,11 +200,11 @@ def test_draws_stand_for_the_tail_in_training_and_the_bucket_in_evaluation(lab: 
 def test_what_would_be_another_loss_is_refused(
     lab: Lab, changes: dict[str, Any], loss: dict[str, Any], match: str
 ) -> None:
-    cache, model = scholiast.open_cache(lab.root / "run"), student(lab)
+    cache, model = scholiast.open_cache(lab.root / "run"), student(lab.root / "student")
     options = scholiast.LossOptions.model_validate(loss)
     distillation = scholiast.DistillationLoss(cache, options, student=model)
     with pytest.raises(scholiast.ScholiastError, match=match):
-        trainer_of(lab, cache, distillation, model, **changes)
+        trainer_of(distillation, model, lab.root / "other", **changes)
 
 
 def test_float16_is_refused(lab: Lab) -> None:
@@ -217,4 +214,4 @@ def test_float16_is_refused(lab: Lab) -> None:
         torch.autocast("cpu", torch.float16),
         pytest.raises(scholiast.ScholiastError, match="fp16"),
     ):
-        scholiast.DistillationLoss(cache)(student(lab), batch)
+        scholiast.DistillationLoss(cache)(student(lab.root / "student"), batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def equal(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
+def test_every_name_is_there_and_no_other() -> None:
+    assert all(getattr(scholiast, name).__doc__ for name in scholiast.__all__)
+    assert dir(scholiast) == scholiast.__all__ == sorted(scholiast.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'open'"):
+        _ = scholiast.open
+
+
 # -- opening
 
 
@@ -57,6 +65,8 @@ def test_a_cache_is_found_by_any_of_its_places(lab: Lab, tmp_path: Path) -> None
         notes = cache.notes(ids)
         assert notes["two"].head.ids.shape == (2, 32, 8) and notes["one"].features.last
     assert opened["config"].fusion.tau == 0.5 and opened["run"].fusion.tau == 1.0
+    sent = pickle.loads(pickle.dumps(opened["config"]))
+    assert sent.fusion.tau == 0.5 and equal(sent.dataset()[1], opened["config"].dataset()[1])
     one = scholiast.open_cache(run / "cache/two")
     assert one.teachers == ("two",) and one.temperatures == (1.0, 2.0) and one.segments == 2
     chosen = scholiast.open_cache(run, teachers=["two", "one"])

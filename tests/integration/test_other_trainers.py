@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +12,14 @@ import scholiast
 import torch
 import yaml
 from conftest import Lab, build_parts, make_model
+from peft import LoraConfig, get_peft_model
 from readme_blocks import readme_blocks
 from test_stream import same
-from trainer_ranks import LR, STEPS, logged, student, trainer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 README = Path(__file__).resolve().parents[2] / "pipeline/api/README.md"
 TRAIN = yaml.safe_load(readme_blocks(README, "yaml", "In other trainers")[0].text)["train"]
+STEPS = TRAIN["steps"]
 TOLERANCE = 1e-6  # relative; seen: 5e-8
 
 
@@ -44,6 +42,36 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return lab
 
 
+def student(folder: str | Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def trainer_of(distillation: Any, model: Any, folder: str | Path, **changes: Any) -> Any:
+    """Returns a Trainer with the settings of the README's example.
+
+    Args:
+        folder: for what it writes.
+        changes: of its arguments.
+    """
+    arguments = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "learning_rate": TRAIN["lr"], "lr_scheduler_type": "cosine",
+        "adam_beta2": 0.95, "weight_decay": 0.01, "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    return scholiast.DistillationTrainer(
+        model=model, args=TrainingArguments(**arguments), data_collator=scholiast.collate,
+        train_dataset=distillation.cache.dataset(seed=0, samples=4 * STEPS),
+        distillation=distillation,
+    )  # fmt: skip
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """Returns the rows that a finished trainer has logged of its steps."""
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
 def our_rows(lab: Lab, name: str, **changes: Any) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl of a training by our own loop, a row a step."""
     work = lab.workspace(name=f"{name}.yaml", run_dir=f"{lab.root}/{name}", **changes)
@@ -52,7 +80,7 @@ def our_rows(lab: Lab, name: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def same_losses(logs: list[dict[str, float]], rows: list[dict[str, Any]]) -> None:
-    assert len(logs) == len(rows) == TRAIN["steps"] == STEPS >= 10 and TRAIN["lr"] == LR
+    assert len(logs) == len(rows) == STEPS >= 10
     for log, row in zip(logs, rows, strict=True):
         ours = {"loss": row["total"], "grad_norm": row["grad_norm"], "learning_rate": row["lr"]}
         ours |= {name: row[name] for name in ("ce", "kd", "accuracy", "agreement")}
@@ -106,18 +134,6 @@ def test_every_block_is_run_by_one_of_these() -> None:
     }  # fmt: skip
 
 
-def test_two_ranks_have_the_losses_of_one(lab: Lab, plain_rows: list[dict[str, Any]]) -> None:
-    """DDP over gloo: gradients are added up although DDP averages them, counts are of both ranks."""
-    script = Path(__file__).with_name("trainer_ranks.py")
-    surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, lab.root / "run.yaml", lab.root / "student"], text=True,
-        capture_output=True, env=os.environ | surroundings, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    same_losses(json.loads(done.stdout.splitlines()[-1]), plain_rows)
-
-
 def test_schedules_features_checkpointing_and_bf16_are_ours_too(lab: Lab) -> None:
     """α falls, the weights ramp from uniform to EM's, features are aligned, bf16 by autocast."""
     changes = {
@@ -141,6 +157,28 @@ def test_schedules_features_checkpointing_and_bf16_are_ours_too(lab: Lab) -> Non
     logs = [log["features"] for log in logged(trainer)]
     assert logs == pytest.approx([row["features"] for row in rows], rel=TOLERANCE)
     assert logs[-1] < logs[0]
+
+
+def test_adapters_alone_are_trained_and_a_resumed_trainer_goes_on_as_it_would_have(
+    lab: Lab,
+) -> None:
+    loss = scholiast.DistillationLoss(scholiast.open_cache(lab.write()))
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        chosen = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(student(lab.root / "student"), chosen)
+
+    batch, model = scholiast.collate([loss.cache.dataset()[0]]), adapted()
+    plain = float(loss(student(lab.root / "student"), batch).total.detach())
+    assert float(loss(model, batch).total.detach()) == plain  # an adapter begins at 0
+    out = lab.root / "adapted"
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8}
+    whole, resumed = (trainer_of(loss, one, out, **saving) for one in (model, adapted()))
+    whole.train()
+    assert float(loss(model, batch).total.detach()) != plain
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-8"))
+    assert logged(whole)[8:] == logged(resumed)[8:] and len(logged(resumed)) == STEPS
 
 
 def test_evaluation_is_the_batches_own_mean_and_keeps_the_model_as_it_is(lab: Lab) -> None:

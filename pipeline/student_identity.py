@@ -61,12 +61,12 @@ def feature_pairs(work: Workspace, loss: LossOptions, jobs: list[TeacherJob]) ->
     if loss.features.weight == 0 or loss.features.pairs != "auto":
         return resolve_pairs(loss.features, stored, {}, 0)
     depths = {
-        job.name: _depth(job.folder, f"teachers.{job.name}.model")
+        job.name: depth_of(job.folder, f"teachers.{job.name}.model")
         for job in jobs
         if stored.get(job.name)
     }
     kept = student.keep_layers
-    ours = _depth(work.student_folder(), "student") if kept is None else len(kept)
+    ours = depth_of(work.student_folder(), "student") if kept is None else len(kept)
     return resolve_pairs(loss.features, stored, depths, ours)
 
 
@@ -76,7 +76,7 @@ def _student_files(work: Workspace) -> dict[str, str]:
     return model_identity(work.student_folder(), "student.model", work.memo)
 
 
-def _depth(folder: Path, key: str) -> int:
+def depth_of(folder: Path, key: str) -> int:
     """Returns how many decoder layers a model has, as its configuration says.
 
     Raises:

@@ -61,6 +61,13 @@ class Batch:
         return len(self.gold)
 
     @property
+    def segments(self) -> int:
+        """Segments with a target, the same for every teacher; 0 where only gold tokens are wanted."""
+        if not self.segment_weights:
+            return 0
+        return count_segments(self.scored, next(iter(self.segment_weights.values())).shape[1])
+
+    @property
     def row_domain(self) -> Tensor:
         """int64 [R], the domain of each row."""
         return self.domain[:, None].expand_as(self.scored)[self.scored]
@@ -225,7 +232,7 @@ class BatchReader:
             for layer, values in note.features.pooled(self._pooled).items()
         }
         rows = {name: rows_of(note, blocks.scored) for name, note in notes.items()}
-        return self._fused(batch, rows, features)
+        return self.fused(batch, rows, features)
 
     def ready(self, batch: Batch, device: torch.device) -> Batch:
         """Returns a batch of `read` on the training device, decoded and fused."""
@@ -244,14 +251,24 @@ class BatchReader:
             for name, arrays in batch.packed.items()
             for layer in self.caches[name].layers
         }
-        return replace(self._fused(batch, rows, features), packed={})
+        return replace(self.fused(batch, rows, features), packed={})
 
-    def _fused(
+    def fused(
         self,
         batch: Batch,
         rows: Mapping[str, NoteRows],
         features: dict[tuple[str, int], Tensor],
     ) -> Batch:
+        """Returns a batch with the fused target of the teachers' notes on its rows, on their device.
+
+        Args:
+            batch: without a target.
+            rows: teacher → notes on the batch's rows; the teachers of this reader, in its order.
+            features: as a batch has them.
+
+        Raises:
+            ConfigError: the caches cannot serve the temperature or the tail.
+        """
         layout = next(iter(self.caches.values())).layout
         segments = next((c.layout.segments for c in self.caches.values() if c.layers), 1)
         target = fuse(
@@ -285,6 +302,11 @@ def _require_alike(caches: Mapping[str, CacheReader]) -> None:
             found="; ".join(f"{name}: {kind}" for name, kind in kinds.items()),
             todo="cache all teachers with one configuration",
         )  # fmt: skip
+
+
+def count_segments(scored_BT: Tensor, segments: int) -> int:
+    """Returns how many of the blocks' segments have a row with a target."""
+    return int((segment_means(scored_BT[scored_BT], scored_BT, segments) > 0).sum())
 
 
 def segment_means(values_R: Tensor, scored_BT: Tensor, segments: int) -> Tensor:

@@ -26,7 +26,8 @@ from stages.fusion import rows_of
 from stages.head import Head, run_decoder
 from stages.mixing import fused_gold_logprob
 from stages.ranks import Ranks
-from stages.student import DistilledStudent, StepLoss
+from stages.step_loss import StepLoss
+from stages.student import DistilledStudent
 from stages.union import merge
 from storage.corpus_info import CorpusInfo
 from storage.types import Float64, Int64

@@ -15,7 +15,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from stages.options import Tail
 from stages.target_options import FusionOptions
 from stages.weighting import weigh
 from storage.errors import ConfigError
-from storage.types import LOG_ZERO, AnyArray, Bool, TeacherNotes
+from storage.types import LOG_ZERO, Bool, TeacherNotes
 
 
 @dataclass(frozen=True)
@@ -180,24 +179,53 @@ def give_to_gold(
     return torch.cat([ids_RK, gold_R[:, None]], -1), p.log().clamp_min(LOG_ZERO), p
 
 
+NOTES = (
+    "ids", "logprobs", "entropy", "log_tail_mass", "gold_logprob", "log_z", "draw_ids",
+    "draw_logprobs",
+)  # fmt: skip
+"""What a teacher's notes on a row are called where they travel as tensors."""
+
+
+def note_tensors(note: TeacherNotes) -> dict[str, Tensor]:
+    """Returns a teacher's notes on some blocks as tensors [N, T, …] that share their memory; draws
+    only where there are any."""
+    head, stats, draws = note.head, note.stats, note.draws
+    arrays = {
+        "ids": head.ids, "logprobs": head.logprobs, "entropy": stats.entropy,
+        "log_tail_mass": stats.log_tail_mass, "gold_logprob": stats.gold_logprob,
+        "log_z": stats.log_z,
+    }  # fmt: skip
+    if draws is not None:
+        arrays["draw_ids"] = draws.ids
+        if draws.logprobs is not None:
+            arrays["draw_logprobs"] = draws.logprobs
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def note_rows(notes: Mapping[str, Tensor], scored_NT: Tensor) -> NoteRows:
+    """Returns the notes on the scored rows of some blocks, on their device.
+
+    Args:
+        notes: NOTES → [N, T, …], as `note_tensors` gives them; others are passed over.
+        scored_NT: bool.
+    """
+    rows = {name: notes[name][scored_NT] for name in NOTES if name in notes}
+    draw_ids = rows.get("draw_ids")
+    return NoteRows(
+        ids=rows["ids"].long(), logprobs=rows["logprobs"], entropy=rows["entropy"],
+        log_tail=rows["log_tail_mass"], log_z=rows["log_z"], gold_logprob=rows["gold_logprob"],
+        draw_ids=None if draw_ids is None else draw_ids.long(),
+        draw_logprobs=rows.get("draw_logprobs"),
+    )  # fmt: skip
+
+
 def rows_of(note: TeacherNotes, scored: Bool) -> NoteRows:
     """Returns the notes on the scored rows of some blocks, on the CPU.
 
     Args:
         scored: bool [N, T].
     """
-
-    def rows(values: AnyArray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values[scored]))
-
-    draws = note.draws
-    return NoteRows(
-        ids=rows(note.head.ids).long(), logprobs=rows(note.head.logprobs),
-        entropy=rows(note.stats.entropy), log_tail=rows(note.stats.log_tail_mass),
-        log_z=rows(note.stats.log_z), gold_logprob=rows(note.stats.gold_logprob),
-        draw_ids=None if draws is None else rows(draws.ids).long(),
-        draw_logprobs=None if draws is None or draws.logprobs is None else rows(draws.logprobs),
-    )  # fmt: skip
+    return note_rows(note_tensors(note), torch.from_numpy(scored))
 
 
 def fuse(

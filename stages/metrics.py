@@ -13,7 +13,7 @@ import torch
 
 from stages.batches import Batch, BatchReader
 from stages.loggers import Logger, numbers_of
-from stages.student import StepLoss
+from stages.step_loss import StepLoss
 from storage import durable
 from storage.errors import ScholiastError
 

@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from stages.batches import Batch
 from stages.head import find_decoder_layers
 from stages.ranks import Ranks
-from stages.student import DistilledStudent, StepLoss
+from stages.step_loss import StepLoss
+from stages.student import DistilledStudent
 from stages.train_options import TrainOptions
 
 

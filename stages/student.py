@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stages.annotate import pool
 from stages.batches import Batch
-from stages.chunked_head import chunk_rows, chunked_loss
-from stages.divergences import Divergence
-from stages.features import FeatureAligner
-from stages.head import Head, find_decoder_layers, run_decoder
+from stages.head import find_decoder_layers
 from stages.layer_pairs import Pair
 from stages.lora import add_adapters
 from stages.model_files import context_length
+from stages.step_loss import StepLoss, distil, make_aligner
 from stages.target_options import LossOptions
 from stages.teacher import load_causal_lm, random_causal_lm
 from stages.train_options import StudentOptions
@@ -109,33 +105,6 @@ def cut_layers(model: Any, keep: Sequence[int]) -> Any:
     return cut
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """One batch's losses; `total` carries the gradient, the rest are detached sums.
-
-    Attributes:
-        total: share of the step's loss (already divided by the step's global counts).
-        ce, kd: sums over rows, nats.
-        features: sum over segments of weight·distance.
-        correct: rows whose most probable id is the gold one.
-        agreed: rows whose most probable id is the fused target's.
-        ce_R, kd_R: of each row, nats, in the order of the batch's rows (Batch.row_domain).
-        correct_R, agreed_R, confidence_R: of each row, as in ChunkedLoss.
-    """
-
-    total: Tensor
-    ce: Tensor
-    kd: Tensor
-    features: Tensor
-    correct: Tensor
-    agreed: Tensor
-    ce_R: Tensor
-    kd_R: Tensor
-    correct_R: Tensor
-    agreed_R: Tensor
-    confidence_R: Tensor
-
-
 class DistilledStudent(nn.Module):
     """Student and projections. The loss runs inside forward, so that wrappers synchronise it.
 
@@ -159,19 +128,7 @@ class DistilledStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.options, self.autocast = model, options, autocast
-        config = model.config.get_text_config()
-        layers = int(config.num_hidden_layers)
-        wrong = sorted({s for s, _, _ in pairs if s > layers})
-        if wrong:
-            raise ConfigError(
-                "the student has no such layer", where="loss.features.pairs",
-                expected=f"1 to {layers}", found=wrong, todo="choose existing layers",
-            )  # fmt: skip
-        self.aligner = (
-            FeatureAligner(pairs, options.features, config.hidden_size, teacher_sizes or {}, seed)
-            if pairs
-            else None
-        )
+        self.aligner = make_aligner(model, options, pairs, teacher_sizes or {}, seed)
 
     def forward(
         self, batch: Batch, rows: int, segments: int, alpha: float | None = None
@@ -184,33 +141,6 @@ class DistilledStudent(nn.Module):
             segments: segments with a target in the whole step.
             alpha: share of distillation in this step; the options' if not given.
         """
-        layers = () if self.aligner is None else self.aligner.student_layers
-        kind = batch.inputs.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
-            hidden, found = run_decoder(self.model, batch.inputs, batch.positions, layers)
-        options, head = self.options, Head.of(self.model, self.autocast)
-        alpha = options.alpha if alpha is None else alpha
-        alpha = alpha if batch.target is not None else 0.0
-        loss = chunked_loss(
-            hidden[batch.scored], head, batch.gold, batch.target,
-            (1.0 - alpha) / max(rows, 1), alpha * options.temperature**2 / max(rows, 1),
-            chunk_rows(len(head.weight), options.chunk_bytes, options.chunk_tokens),
-            Divergence.of(options),
-        )  # fmt: skip
-        features = (
-            self._features(batch, found) if self.aligner is not None else hidden.new_zeros(())
+        return distil(
+            self.model, batch, rows, segments, self.options, alpha, self.aligner, self.autocast
         )
-        total = loss.total + options.features.weight / max(segments, 1) * features
-        return StepLoss(
-            total, loss.ce, loss.kd, features.detach(), loss.correct, loss.agreed, loss.ce_R,
-            loss.kd_R, loss.correct_R, loss.agreed_R, loss.confidence_R,
-        )  # fmt: skip
-
-    def _features(self, batch: Batch, found: Mapping[int, Tensor]) -> Tensor:
-        assert self.aligner is not None
-        count = next(iter(batch.segment_weights.values())).shape[1]
-        pooling = self.options.features.pooled
-        pooled = {n: pool(hidden, batch.present, count, pooling)[0] for n, hidden in found.items()}
-        with torch.autocast(batch.inputs.device.type, enabled=False):
-            loss: Tensor = self.aligner(pooled, batch.features, batch.segment_weights)
-        return loss

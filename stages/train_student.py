@@ -39,9 +39,10 @@ from stages.progress import Progress, Silent
 from stages.ranks import Ranks
 from stages.run import Run, require_identity
 from stages.schedule import alpha_at, lr_share, weights_share
+from stages.step_loss import StepLoss
 from stages.stop import StopSignals, names
 from stages.stream import shared_out, steps_of_batches
-from stages.student import DistilledStudent, StepLoss
+from stages.student import DistilledStudent
 from storage.blocks import require_targets
 from storage.errors import CorpusError, ScholiastError, Stopped
 
@@ -166,7 +167,7 @@ class Trainer:
             error = failed
         mine = [
             sum(b.rows for b in batches),
-            sum(map(_segments, batches)),
+            sum(b.segments for b in batches),
             float(error is not None),
         ]
         rows, segments, failures = self.ranks.sum(mine)
@@ -302,11 +303,3 @@ class Trainer:
     def _log(self, row: dict[str, Any]) -> None:
         if self.ranks.first:
             self.metrics.write(row, flush=self.step % self.run.train.checkpoint_every == 0)
-
-
-def _segments(batch: Batch) -> int:
-    """Segments that have a target (the same for every teacher)."""
-    if not batch.segment_weights:
-        return 0
-    total: torch.Tensor = torch.stack(list(batch.segment_weights.values())).sum(0)
-    return int((total > 0).sum())

@@ -17,7 +17,8 @@ from torch import Tensor
 from stages.batches import Batch
 from stages.chunked_head import Gradients
 from stages.head import Head, run_decoder
-from stages.student import DistilledStudent, StepLoss
+from stages.step_loss import StepLoss
+from stages.student import DistilledStudent
 from stages.teacher import TransformersTeacher
 
 CHUNK = 128

@@ -15,7 +15,6 @@ from torch.nn.functional import cosine_similarity
 from stages.batches import Batch, BatchReader
 from stages.losses import bucket_kl, cross_entropy
 from stages.student import DistilledStudent, build_student
-from stages.train_student import _segments
 
 ALPHA, BETA = 0.7, 0.3
 
@@ -73,7 +72,7 @@ def plain(student: DistilledStudent, batch: Batch) -> Tensor:
                 cosine = cosine_similarity(ours - ours.mean(), given - given.mean(), dim=-1)
                 weight = weights[names.index(name), b, span][scored].mean()
                 features = features + weight * (1 - cosine) / 2  # two student layers
-    assert segments == _segments(batch)
+    assert segments == batch.segments
     return total + BETA * features / segments
 
 
@@ -82,7 +81,7 @@ def test_total_and_gradients_are_the_plain_ones(work: Any, checkpointing: bool) 
     student, reader = make(work, checkpointing)
     last = reader.corpus.info.block_ids("train", "x")[-1]  # holds padding
     batch = reader.read(np.array([0, 3, last]))
-    loss = student(batch, batch.rows, _segments(batch))
+    loss = student(batch, batch.rows, batch.segments)
     expected = plain(make(work)[0], batch)
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-6)
     loss.total.backward()
@@ -110,9 +109,9 @@ def test_accumulation_gives_the_gradient_of_one_batch(work: Any) -> None:
     pieces, _ = make(work)
     ids = np.array([0, 1, 7, 2])
     batch = reader.read(ids)
-    whole(batch, batch.rows, _segments(batch)).total.backward()
+    whole(batch, batch.rows, batch.segments).total.backward()
     parts = [reader.read(ids[:1]), reader.read(ids[1:])]
-    rows, segments = sum(p.rows for p in parts), sum(_segments(p) for p in parts)
+    rows, segments = sum(p.rows for p in parts), sum(p.segments for p in parts)
     for part in parts:
         pieces(part, rows, segments).total.backward()
     for mine, theirs in zip(pieces.parameters(), whole.parameters(), strict=True):

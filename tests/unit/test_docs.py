@@ -50,7 +50,7 @@ def test_every_stored_array_and_layout_field_is_in_the_format(tmp_path: Path) ->
 
 
 def test_every_file_of_a_room_is_in_its_readme() -> None:
-    for room in ("storage", "stages", "pipeline", "pipeline/launch"):
+    for room in ("storage", "stages", "pipeline", "pipeline/launch", "pipeline/api"):
         text = (TOP / room / "README.md").read_text()
         for path in (TOP / room).glob("*.py"):
             assert path.name == "__init__.py" or f"`{path.name}`" in text, path

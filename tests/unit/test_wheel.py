@@ -1,0 +1,63 @@
+"""What `pip install .` and `pip install -e .` install: every package, and `scholiast` by that name."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[2]
+ROOMS = ("pipeline", "stages", "storage")
+PUBLIC = "pipeline/api/public/"
+BUILD = (
+    "import sys; from setuptools import build_meta as build; wheel, editable = sys.argv[1:];"
+    "build.build_wheel(wheel); build.build_editable(editable)"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tree`, a copy of this one, and what was built of it: `wheel`, `editable`."""
+    root = tmp_path_factory.mktemp("wheel")
+    for room in ROOMS:
+        shutil.copytree(
+            TOP / room, root / "tree" / room, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, root / "tree")
+    command = [sys.executable, "-c", BUILD, str(root / "wheel"), str(root / "editable")]
+    subprocess.run(command, cwd=root / "tree", check=True, capture_output=True)
+    for kind in ("wheel", "editable"):
+        [wheel] = (root / kind).glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(root / kind)
+    return root
+
+
+def test_the_wheel_holds_every_file_once(built: Path) -> None:
+    rooms = [
+        path
+        for path in (built / "tree").iterdir()
+        if path.name in ("pipeline", "stages", "storage")
+    ]
+    ours = {str(p.relative_to(built / "tree")) for room in rooms for p in room.rglob("*.py")}
+    expected = {name.removeprefix(PUBLIC) for name in ours}
+    assert "scholiast/__init__.py" in expected and "pipeline/api/cache.py" in expected
+    found = {str(p.relative_to(built / "wheel")) for p in (built / "wheel").rglob("*.py")}
+    assert found == expected
+
+
+@pytest.mark.parametrize(("kind", "home"), [("wheel", "wheel"), ("editable", f"tree/{PUBLIC}")])
+def test_the_name_is_installed(built: Path, kind: str, home: str) -> None:
+    """Without any other package at hand: -S leaves out this environment's own."""
+    code = (
+        f"import site; site.addsitedir({str(built / kind)!r}); import scholiast, storage.errors;"
+        "print(scholiast.__file__, scholiast.ScholiastError is storage.errors.ScholiastError)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.split() == [str(built / home / "scholiast/__init__.py"), "True"]

@@ -149,11 +149,21 @@ def weight_files(folder: Path, key: str) -> list[Path]:
 
 
 def parameters(folder: Path, key: str) -> int:
-    """Returns the number of stored parameters, from the safetensors headers alone."""
+    """Returns the number of stored parameters, from the safetensors headers alone.
+
+    Raises:
+        TeacherError: there are no weights, or a file of them is cut or damaged.
+    """
     total = 0
     for path in weight_files(folder, key):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise TeacherError(
+                "a weight file has no safetensors header", where=f"{key}: {path}",
+                todo="it is cut or damaged: copy or download it again",
+            ) from error  # fmt: skip
         for name, tensor in header.items():
             if name != "__metadata__":
                 size = 1

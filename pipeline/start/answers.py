@@ -1,4 +1,4 @@
-"""What `scholiast init` must know: from flags, or asked at a terminal; looked at as soon as it is said."""
+"""What `scholiast init` must know: from flags, or asked at a terminal; looked at once it is said."""
 
 from __future__ import annotations
 
@@ -248,6 +248,7 @@ def _add_source(text: str, key: str, split: str, flags: Flags, answers: Answers)
         column = one.options.messages_field or one.options.text_field
         answers.say(
             f"  {one.options.domain}: {one.options.format}, {'' if one.whole else 'about '}"
-            f'{one.documents:,} documents in {one.options.path}, column "{column}"'
+            f"{one.documents:,} document{'' if one.documents == 1 else 's'} in {one.options.path}"
+            f"{'' if one.options.format == 'text' else f', column {column}'}"
         )
     return True

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.console import human_bytes
 from pipeline.start.machine import Machine
-from pipeline.start.models import ModelFacts
+from pipeline.start.models import ModelFacts, human_count
 from pipeline.start.sources import Found
 from storage.errors import ConfigError
 
@@ -207,7 +208,7 @@ def compose(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
     return config, {
         **_comments(job, teachers, length),
         "train.epochs": f"passes over the text; about {steps:,} steps in all",
-        "train.batch_blocks": f"of one forward and backward: about {cut.needed / 1e9:.1f} GB",
+        "train.batch_blocks": f"of one forward and backward: about {human_bytes(cut.needed)}",
         "train.accumulate": f"of these a step: {step:,} tokens",
         "train.lr": f"AdamW's peak, {why}",
         "train.precision": (
@@ -273,8 +274,8 @@ def _comments(job: Job, teachers: Mapping[str, Any], length: int) -> dict[str, s
         **{f"teachers.{name}": facts.about for name, facts in job.teachers.items()},
         "store.preset": "64 most probable tokens each; compact: half the bytes, by draws",
         "fusion.weights": "token by token, the surer teacher counts more; or uniform",
-        "student.model": f"{kept}: {count / 1e6:,.1f} M parameters",
-        "student.config": f"random weights: {count / 1e6:,.1f} M parameters",
+        "student.model": f"{kept}: {human_count(count)} parameters",
+        "student.config": f"random weights: {human_count(count)} parameters",
         "student.keep_layers": "evenly spread; 0 is the first",
         "loss.alpha": "share of the teachers against the text itself",
         "loss.temperature": "or 1.5 or 2, which the notes serve too",

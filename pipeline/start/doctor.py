@@ -20,7 +20,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red"}
 
 @click.command()
 @click.option("--load", is_flag=True,
-              help="Also load each model and look at its head and attention: minutes with large ones.")  # fmt: skip
+              help="Also load each model to check its head and attention; slow if it is large.")  # fmt: skip
 @json_option
 @common_options
 @click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))

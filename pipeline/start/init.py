@@ -51,9 +51,9 @@ def _pairs(
               help="Text: .jsonl, .parquet, .txt or .md, a glob, a folder, or hub:NAME@REVISION. "
               "Repeatable.")  # fmt: skip
 @click.option("--heldout", multiple=True, metavar="DOMAIN=PATH",
-              help="Text to measure on, if it is not to be a share of the sources. Repeatable.")  # fmt: skip
+              help="Text to measure on, in place of a share of the sources. Repeatable.")  # fmt: skip
 @click.option("--field", "fields", multiple=True, metavar="DOMAIN=COLUMN", callback=_pairs,
-              help="The column of a source's text or chats, if it cannot be told. Repeatable.")  # fmt: skip
+              help="Column of a source's text or chats, if it cannot be told. Repeatable.")  # fmt: skip
 @click.option("--block-length", type=click.IntRange(2), help="Tokens of a block.")
 @click.option("--run-dir", metavar="FOLDER", help="Where the run will be; runs/NAME if not given.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
@@ -163,10 +163,10 @@ def _prepared(
     texts: dict[Path, bytes] = {}
     for i, one in enumerate(found):
         key, share = f"corpus.sources.{i}", 0.0
-        counted = count_tokens(one, key, tokenizer)
-        if one.options.split == "train" and one.options.domain not in held:
-            cut = _cut(counted, run_dir, texts)
-            chosen = hold_out(cut, key, tokenizer)
+        divided = one.options.split == "train" and one.options.domain not in held
+        counted = count_tokens(_cut(one, run_dir, texts) if divided else one, key, tokenizer)
+        if divided:
+            chosen = hold_out(counted, key, tokenizer)
             if chosen is None:
                 raise ConfigError(
                     "none of these documents can be held out to measure on",
@@ -174,7 +174,7 @@ def _prepared(
                     found=f"{one.documents:,} documents",
                     todo=f"give more, or --heldout {one.options.domain}=PATH with other text",
                 )  # fmt: skip
-            counted, share = cut, chosen
+            share = chosen
         sources.append((counted, share))
     return sources, texts
 
@@ -208,6 +208,7 @@ def _compose(
     """
     from pipeline.config import override, validated
     from pipeline.start.choices import compose
+    from pipeline.start.models import human_count
     from pipeline.start.writing import render
 
     config, comments = compose(job)
@@ -222,7 +223,7 @@ def _compose(
     shown = shlex.quote(str(file))
     header = [
         f"{job.name}: {', '.join(job.teachers)} → a student of "
-        f"{job.student.parameters_with(job.student_layers) / 1e6:,.1f} M parameters",
+        f"{human_count(job.student.parameters_with(job.student_layers))} parameters",
         f"Written by `scholiast init`{f' from the ready configuration {family}' if family else ''}; "
         "yours to edit. Every key: pipeline/README.md.",
         "", *(f"  scholiast {command} {shown}" for command in _NEXT[1:]), "",

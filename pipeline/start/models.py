@@ -55,7 +55,7 @@ class ModelFacts:
         """One line for people."""
         context = f", context {self.context:,}" if self.context else ""
         return (
-            f"{self.kind}, {_count(self.parameters)} parameters, {self.layers} layers of "
+            f"{self.kind}, {human_count(self.parameters)} parameters, {self.layers} layers of "
             f"{self.hidden:,}, head of {self.rows:,} rows{context}"
             f"{'' if self.here else '; weights are not here yet'}"
         )
@@ -66,7 +66,8 @@ class ModelFacts:
         return self.embeddings + inside * layers // max(1, self.layers)
 
 
-def _count(parameters: int) -> str:
+def human_count(parameters: int) -> str:
+    """Returns a number of parameters for people: 135 M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if parameters >= unit:
             return f"{parameters / unit:.3g} {name}"

@@ -8,29 +8,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FEW = 20  # files; with fewer a share of them is no share of the text
-_LENGTH = 4_000  # characters of a passage, about
+_SHORTEST, _LONGEST = 1_000, 4_000  # characters of a passage, about
+_WANTED = 200  # passages
 _ENDS = (re.compile(r"\n[ \t]*\n\s*"), re.compile(r"\n"), re.compile(r"\s"))
 
 
-def passages(text: str) -> Iterator[str]:
-    """Yields the pieces of a text, in order; laid end to end they are the text.
+def passages(text: str, length: int = _LONGEST) -> Iterator[str]:
+    """Yields the pieces of a text of at most so many characters; laid end to end they are the text.
 
     A piece ends at the last blank line before its length is reached, or if there is none in its second
     half at the last line end, or at the last space, or where it must.
     """
     start = 0
     while start < len(text):
-        end = _end(text, start)
+        end = _end(text, start, length)
         yield text[start:end]
         start = end
 
 
-def _end(text: str, start: int) -> int:
-    stop = start + _LENGTH
+def _end(text: str, start: int, length: int) -> int:
+    stop = start + length
     if stop >= len(text):
         return len(text)
     for pattern in _ENDS:
-        found = [m.end() for m in pattern.finditer(text, start + _LENGTH // 2, stop)]
+        found = [m.end() for m in pattern.finditer(text, start + length // 2, stop)]
         if found:
             return found[-1]
     return stop
@@ -38,9 +39,8 @@ def _end(text: str, start: int) -> int:
 
 def as_rows(files: list[Path]) -> bytes:
     """Returns the texts' passages as JSON lines with a column "text"."""
-    lines = [
-        json.dumps({"text": piece}, ensure_ascii=False)
-        for path in files
-        for piece in passages(path.read_bytes().decode())
-    ]
+    texts = [path.read_bytes().decode() for path in files]
+    length = min(_LONGEST, max(_SHORTEST, sum(map(len, texts)) // _WANTED))
+    pieces = (piece for text in texts for piece in passages(text, length))
+    lines = [json.dumps({"text": piece}, ensure_ascii=False) for piece in pieces]
     return ("\n".join(lines) + "\n").encode()

@@ -38,13 +38,13 @@ def check_run(config: RunConfig, *, load: bool = False) -> list[Check]:
         found = "the demonstration's models and text are not built yet"
         checks.append(Check("models", "assets", WARN, found, "the first command builds them"))
         return [*checks, *_folders(config, 0.0)]
-    models, tokenizer, found = _models(config)
-    checks += found
+    models, tokenizer, told = _models(config)
+    checks += told
     if tokenizer is not None:
         checks += _tokenizers(config, models, tokenizer)
     checks += [check for name, facts in models.items() for check in _fits(config, name, facts)]
-    sources, found = _sources(config, tokenizer)
-    checks += found
+    sources, told = _sources(config, tokenizer)
+    checks += told
     tokens = sum(one.tokens for one in sources)
     checks += _folders(config, _needed(config, tokens, models.get("student")))
     if load and not any(check.state == BAD for check in checks):
@@ -54,7 +54,7 @@ def check_run(config: RunConfig, *, load: bool = False) -> list[Check]:
 
 def _extras(config: RunConfig) -> Iterator[Check]:
     """Yields the optional packages that this configuration needs."""
-    wanted = {name: name for name in config.train.loggers}
+    wanted: dict[str, str] = {name: name for name in config.train.loggers}
     if config.student.lora is not None:
         wanted["peft"] = "lora"
     for module, extra in wanted.items():
@@ -183,8 +183,9 @@ def _sources(config: RunConfig, tokenizer: Any) -> tuple[list[Found], list[Check
         except ScholiastError as error:
             checks.append(failed("text", key, error))
     if not any(s.heldout or s.split == "heldout" for s in config.corpus.sources):
-        checks.append(Check("text", "held out", WARN, "nothing is held out: there will be no figures",
-                            "set corpus.sources.N.heldout, or add a source with split: heldout"))  # fmt: skip
+        todo = "set corpus.sources.N.heldout, or add a source with split: heldout"
+        what = "nothing is held out: there will be no figures"
+        checks.append(Check("text", "held out", WARN, what, todo))
     return found, checks
 
 
@@ -192,9 +193,8 @@ def _source(source: SourceOptions, key: str, tokenizer: Any) -> tuple[Found, Che
     found = look_at_source(source, key, source.messages_field or source.text_field)
     name = f"{source.domain} ({key})"
     if found.options.messages_field != source.messages_field:
-        return found, Check("text", name, BAD, "the column holds "
-                            f"{'chats' if found.options.messages_field else 'text'}, and the configuration "
-                            "says otherwise", "set text_field or messages_field")  # fmt: skip
+        what = "the column holds chats, and the configuration says text"
+        return found, Check("text", name, BAD, what, "set messages_field in place of text_field")
     if tokenizer is None:
         return found, Check("text", name, OK, f"{found.documents:,} documents")
     found = count_tokens(found, key, tokenizer)

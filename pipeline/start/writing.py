@@ -40,15 +40,15 @@ def _entry(key: str, value: Any, comments: Comments, path: str, depth: int) -> I
         depth == 0 or any(name.startswith(inner) for name in comments)
     )
     if opened:
-        yield from _commented(f"{pad}{key}:", comments.get(path))
+        yield from _commented(f"{pad}{_flow(key)}:", comments.get(path))
         for name, one in value.items():
             yield from _entry(name, one, comments, f"{inner}{name}", depth + 1)
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-        yield from _commented(f"{pad}{key}:", comments.get(path))
+        yield from _commented(f"{pad}{_flow(key)}:", comments.get(path))
         for i, one in enumerate(value):
             yield from _commented(f"{pad}  - {_flow(one)}", comments.get(f"{inner}{i}"))
     else:
-        yield from _commented(f"{pad}{key}: {_flow(value)}", comments.get(path))
+        yield from _commented(f"{pad}{_flow(key)}: {_flow(value)}", comments.get(path))
 
 
 def _commented(line: str, comment: str | None) -> Iterator[str]:

@@ -19,8 +19,11 @@ _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red"}
 
 
 @click.command()
-@click.option("--load", is_flag=True,
-              help="Also load each model to check its head and attention; slow if it is large.")  # fmt: skip
+@click.option(
+    "--load",
+    is_flag=True,
+    help="Also load each model to check its head and attention; may be slow.",
+)
 @json_option
 @common_options
 @click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))

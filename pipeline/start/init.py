@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.start.answers import Answers, Say
     from pipeline.start.choices import Job
     from pipeline.start.machine import Machine
-    from pipeline.start.sources import Found
 
 _FAMILY_SECTIONS = ("store", "fusion", "loss")
 _NEXT = ("doctor", "plan", "cache-teachers", "train-student", "evaluate", "report")
@@ -75,7 +74,7 @@ def init(
     """Write a configuration for your teachers, text, student and machine, into FILE (scholiast.yaml).
 
     Asks for what no option gives, if there is a terminal. Models and their tokenizers are looked at, and
-    so is the text; nothing large is loaded or downloaded. A text of a few long files is also written
+    so is the text; nothing large is loaded or downloaded. Fewer than twenty documents are also written
     as passages into RUN_DIR/text, so that some can be held out.
 
     \b
@@ -119,6 +118,7 @@ def _job(
     from pipeline.start.answers import ask
     from pipeline.start.choices import Job
     from pipeline.start.choices import block_length as choose_length
+    from pipeline.start.heldout import prepared
     from pipeline.start.models import common_tokenizer
     from stages.tokenizer import vocab_size
 
@@ -128,7 +128,7 @@ def _job(
     chat = any(found.options.messages_field for found in answers.sources)
     models = answers.models()
     tokenizer = models[common_tokenizer(models, chat)]
-    sources, texts = _prepared(answers.sources, tokenizer.tokenizer, Path(folder))
+    sources, texts = prepared(answers.sources, tokenizer.tokenizer, Path(folder))
     job = Job(
         name, folder, device, answers.teachers, answers.student, answers.keep_layers,
         tokenizer.model, vocab_size(tokenizer.tokenizer), tokenizer.tokenizer.eos_token_id is not None,
@@ -150,52 +150,6 @@ def _with_length(job: Job, text: str) -> Job:
     changed = replace(job, block_length=int(text))
     block_length(changed)
     return changed
-
-
-def _prepared(
-    found: Sequence[Found], tokenizer: Any, run_dir: Path
-) -> tuple[list[tuple[Found, float]], dict[Path, bytes]]:
-    """Returns the sources with their held-out shares, and passages of those that are few long texts."""
-    from pipeline.start.sources import count_tokens, hold_out
-
-    held = {one.options.domain for one in found if one.options.split == "heldout"}
-    sources: list[tuple[Found, float]] = []
-    texts: dict[Path, bytes] = {}
-    for i, one in enumerate(found):
-        key, share = f"corpus.sources.{i}", 0.0
-        divided = one.options.split == "train" and one.options.domain not in held
-        counted = count_tokens(_cut(one, run_dir, texts) if divided else one, key, tokenizer)
-        if divided:
-            chosen = hold_out(counted, key, tokenizer)
-            if chosen is None:
-                raise ConfigError(
-                    "none of these documents can be held out to measure on",
-                    where=f"--source {one.options.domain}={one.options.path}",
-                    found=f"{one.documents:,} documents",
-                    todo=f"give more, or --heldout {one.options.domain}=PATH with other text",
-                )  # fmt: skip
-            share = chosen
-        sources.append((counted, share))
-    return sources, texts
-
-
-def _cut(found: Found, run_dir: Path, texts: dict[Path, bytes]) -> Found:
-    """Returns a source of few long texts as one of passages; adds their file to `texts`."""
-    from pipeline.start.passages import FEW, as_rows
-    from pipeline.start.sources import ROWS
-    from stages.documents import source_files
-
-    if found.options.format != "text" or found.documents >= FEW:
-        return found
-    path = run_dir / "text" / f"{found.options.domain}.jsonl"
-    if path in texts:
-        path = path.with_stem(f"{path.stem}-{len(texts) + 1}")
-    texts[path] = as_rows(source_files(found.options, "--source"))
-    rows = [json_module.loads(line)["text"] for line in texts[path].decode().split("\n") if line]
-    options = found.options.model_copy(update={"format": "jsonl", "path": str(path)})
-    return replace(
-        found, options=options, sample=rows[:ROWS], whole=len(rows) <= ROWS, documents=len(rows)
-    )
 
 
 def _compose(

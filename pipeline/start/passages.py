@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-FEW = 20  # files; with fewer a share of them is no share of the text
+FEW = 20  # documents; with fewer a share of them is no share of the text
 _SHORTEST, _LONGEST = 1_000, 4_000  # characters of a passage, about
 _WANTED = 200  # passages
 _ENDS = (re.compile(r"\n[ \t]*\n\s*"), re.compile(r"\n"), re.compile(r"\s"))
@@ -37,9 +36,8 @@ def _end(text: str, start: int, length: int) -> int:
     return stop
 
 
-def as_rows(files: list[Path]) -> bytes:
+def as_rows(texts: Sequence[str]) -> bytes:
     """Returns the texts' passages as JSON lines with a column "text"."""
-    texts = [path.read_bytes().decode() for path in files]
     length = min(_LONGEST, max(_SHORTEST, sum(map(len, texts)) // _WANTED))
     pieces = (piece for text in texts for piece in passages(text, length))
     lines = [json.dumps({"text": piece}, ensure_ascii=False) for piece in pieces]

@@ -40,9 +40,9 @@ def check_run(config: RunConfig, *, load: bool = False) -> list[Check]:
         return [*checks, *_folders(config, 0.0)]
     models, tokenizer, told = _models(config)
     checks += told
+    checks += [check for name, facts in models.items() for check in _fits(config, name, facts)]
     if tokenizer is not None:
         checks += _tokenizers(config, models, tokenizer)
-    checks += [check for name, facts in models.items() for check in _fits(config, name, facts)]
     sources, told = _sources(config, tokenizer)
     checks += told
     tokens = sum(one.tokens for one in sources)

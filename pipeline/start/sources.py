@@ -20,8 +20,6 @@ _SUFFIXES = {
     ".txt": "text", ".md": "text", ".rst": "text", ".text": "text",
 }  # fmt: skip
 _CHAT_COLUMNS = ("messages", "conversations", "conversation")
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-_ENOUGH = 20  # held-out documents that a share should give where only some could be looked at
 
 
 @dataclass(frozen=True)
@@ -135,29 +133,9 @@ def count_tokens(found: Found, key: str, tokenizer: Any) -> Found:
     Raises:
         CorpusError: a row is not text, or not a chat that the template can render.
     """
-    tokens = sum(_tokens(found, key, tokenizer, False))
+    undivided = replace(found, options=found.options.model_copy(update={"heldout": 0.0}))
+    tokens = sum(_tokens(undivided, key, tokenizer, False))
     return replace(found, tokens=max(1, tokens * found.documents // len(found.sample)))
-
-
-def hold_out(found: Found, key: str, tokenizer: Any) -> float | None:
-    """Returns the share of documents to hold out: the least that leaves enough to measure on.
-
-    It is tried on the documents themselves, since their hashes decide. None if no share leaves
-    something on both sides.
-    """
-    big = found.tokens > 50_000_000
-    for share in _SHARES:
-        if share < (0.01 if big else 0.05):
-            continue
-        if not found.whole:
-            if share * found.documents >= _ENOUGH:
-                return share
-            continue
-        cut = replace(found, options=found.options.model_copy(update={"heldout": share}))
-        held, kept = sides(cut, key, tokenizer)
-        if len(held) >= 2 and kept and sum(held) >= 0.02 * (sum(held) + sum(kept)):
-            return share
-    return None
 
 
 def sides(found: Found, key: str, tokenizer: Any) -> tuple[list[int], list[int]]:

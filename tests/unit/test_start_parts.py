@@ -24,10 +24,11 @@ from pipeline.start.choices import (
     spread_layers,
     teacher_blocks,
 )
+from pipeline.start.heldout import hold_out, prepared
 from pipeline.start.machine import Machine, Rates
 from pipeline.start.models import ModelFacts, human_count
 from pipeline.start.passages import as_rows, passages
-from pipeline.start.sources import Found, count_tokens, find, hold_out, parse
+from pipeline.start.sources import Found, count_tokens, find, parse, sides
 from pipeline.start.writing import render
 from stages.layer_pairs import at_depth
 from stages.model_files import parameters_of, present
@@ -49,9 +50,8 @@ def test_passages_end_where_paragraphs_do() -> None:
     assert list(passages("a" * 10, 4)) == ["aaaa", "aaaa", "aa"]
 
 
-def test_passages_are_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("zwei\r\nZeilen 漢\u2028字".encode())
-    (line,) = as_rows([tmp_path / "a.txt"]).decode().rstrip("\n").split("\n")
+def test_passages_are_rows() -> None:
+    (line,) = as_rows(["zwei\r\nZeilen 漢\u2028字"]).decode().rstrip("\n").split("\n")
     assert json.loads(line) == {"text": "zwei\r\nZeilen 漢\u2028字"}
 
 
@@ -167,10 +167,35 @@ def test_what_is_held_out_is_tried_on_the_documents(tmp_path: Path, tokenizer: A
     found = count_tokens(find(rows_file(tmp_path / "a.jsonl", rows), "--source")[0], "a", tokenizer)
     share = hold_out(found, "a", tokenizer)
     assert share is not None and share >= 0.05
+    cut = replace(found, options=found.options.model_copy(update={"heldout": share}))
+    held, kept = sides(cut, "a", tokenizer)
+    assert len(held) >= 2 and sum(held) + sum(kept) == found.tokens
+    assert count_tokens(cut, "a", tokenizer).tokens == found.tokens
+    giant = replace(found, sample=[" ".join(found.sample) * 9, *"abcdefghijklmnopqrstuvwxyz"])
+    assert hold_out(giant, "a", tokenizer) is None, "on either side it is nearly all of it"
     one = replace(found, sample=found.sample[:1], documents=1)
     assert hold_out(one, "a", tokenizer) is None, "a document is held out whole"
     large = replace(found, whole=False, documents=100_000, tokens=80_000_000)
     assert hold_out(large, "a", tokenizer) == 0.01
+
+
+def test_a_few_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
+    long = [" ".join(sentences(80, seed)) for seed in (1, 2, 3)]
+    few = find(rows_file(tmp_path / "few.jsonl", [{"text": text} for text in long]), "--source")[0]
+    rows = [
+        {"text": " ".join(sentences(400, 4))},
+        *({"text": word} for word in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    uneven = find(rows_file(tmp_path / "uneven.jsonl", rows), "--source")[0]
+    again = replace(few, options=few.options.model_copy(update={"text_field": "text"}))
+    sources, texts = prepared([few, uneven, again], tokenizer, tmp_path / "run")
+    assert [path.name for path in texts] == ["few.jsonl", "uneven.jsonl", "few-3.jsonl"]
+    for (found, share), whole in zip(sources, (long, [r["text"] for r in rows], long), strict=True):
+        path = Path(found.options.path)
+        pieces = [json.loads(line)["text"] for line in texts[path].decode().splitlines()]
+        assert (
+            "".join(pieces) == "".join(whole) and 0 < share < 1 and found.documents == len(pieces)
+        )
 
 
 def test_tokens_are_counted_as_the_corpus_counts(tmp_path: Path, tokenizer: Any) -> None:

@@ -57,7 +57,7 @@ def _pairs(
 @click.option("--run-dir", metavar="FOLDER", help="Where the run will be; runs/NAME if not given.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
-              help="Of the device that will run it, if it is not this machine's.")  # fmt: skip
+              help="Of the device that will run it, if it is another machine's.")  # fmt: skip
 @click.option("--yes", "-y", is_flag=True, help="Ask nothing; take what is proposed.")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration; write nothing.")

@@ -84,14 +84,19 @@ def look(device: str = "auto", memory: int | None = None) -> Machine:
 
     Args:
         device: as in the configuration.
-        memory: bytes, in place of what the device has.
+        memory: bytes, in place of what the device has; with "cuda" also of one on another machine.
 
     Raises:
         ConfigError: the device asked for is not there.
     """
     from stages.device import choose_device
 
-    chosen, found = choose_device(device), gpus()
+    found = gpus()
+    if memory and device.startswith("cuda") and not found:
+        return Machine(
+            "cuda", memory, 1, True, f"a GPU of {memory / 1e9:.0f} GB, not seen from here"
+        )
+    chosen = choose_device(device)
     rates = measure(str(chosen))
     if chosen.type == "cuda":
         gpu = found[chosen.index or 0]

@@ -183,6 +183,36 @@ def test_models_that_cannot_be_used_are_refused(home: Lab, cli: Cli) -> None:
     refused(cli("init", *FLAGS), "no causal language model", "t5", code=1)
 
 
+def test_it_can_be_for_another_machine(home: Lab, cli: Cli) -> None:
+    flags = [*FLAGS, "--dry-run"]
+    flags[flags.index("cpu")] = "cuda"
+    refused(cli("init", *flags), "no GPU is visible")
+    large = cli("init", *flags, "--memory", "80")
+    assert large.exit_code == 0 and "Will not fit" not in large.stderr, large.output
+    made = yaml.safe_load(large.stdout)
+    assert made["device"] == "cuda" and made["train"]["precision"] == "bf16"
+    small = cli("init", *flags, "--memory", "0.0001")
+    assert (
+        "Will not fit: teacher two takes" in small.stderr and "training the student" in small.stderr
+    )
+
+
+def test_a_data_set_by_name_is_read_as_a_stream(home: Lab, cli: Cli) -> None:
+    Path("set").mkdir()
+    Path("x.jsonl").rename("set/train.jsonl")
+    flags = [*FLAGS[:-2], "--dry-run", "-q"]
+    made = cli("init", *flags, "--source", f"d=hub:{home.root}/set@main")
+    assert made.exit_code == 0, made.output
+    (source,) = yaml.safe_load(made.stdout)["corpus"]["sources"]
+    assert (source["format"], source["revision"], source["path"]) == (
+        "hub",
+        "main",
+        f"{home.root}/set",
+    )
+    assert source["heldout"] > 0
+    refused(cli("init", *flags, "--source", "d=hub:org/none"), "revision cannot be had", code=1)
+
+
 def states(result: Any) -> dict[str, str]:
     return {one["name"]: one["state"] for one in json.loads(result.stdout)["checks"]}
 

@@ -148,11 +148,12 @@ class CacheWorkspace:
             )  # fmt: skip
         return info, jobs
 
-    def there(self, model: str, revision: str | None) -> bool:
-        """Returns whether a model can be looked at without building or downloading it."""
+    def there(self, model: str, revision: str | None, *, weights: bool = True) -> bool:
+        """Returns whether a model (or its tokenizer alone) can be looked at without building or
+        downloading it."""
         if self.config.assets and not Path(model).is_dir():
             return False
-        return present(model, revision)
+        return present(model, revision, weights=weights)
 
     def looked_at(self) -> tuple[CorpusInfo | None, list[TeacherJob]]:
         """Returns corpus and jobs as far as they can be told without building or downloading.
@@ -161,7 +162,7 @@ class CacheWorkspace:
             StaleCache, CorruptShard, MissingShard: what lies there is not usable.
         """
         corpus, teachers = self.config.corpus, self.config.teachers.values()
-        if not self.there(corpus.tokenizer, corpus.tokenizer_revision):
+        if not self.there(corpus.tokenizer, corpus.tokenizer_revision, weights=False):
             return None, []
         info = self.prepared()
         if info is None or not all(self.there(t.model, t.revision) for t in teachers):

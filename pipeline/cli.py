@@ -18,6 +18,8 @@ from pipeline.launch_commands import launch, run_task
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
 from pipeline.result_commands import evaluate, generate
+from pipeline.start.doctor import doctor
+from pipeline.start.init import init
 from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
@@ -102,6 +104,8 @@ def main() -> None:
     """Distil several teachers into one small student, one model in memory at a time.
 
     \b
+    init            a configuration for your teachers, text, student and machine
+    doctor          whether machine, folders, models and text are ready
     prepare         documents → packed token blocks
     cache-teachers  each teacher once over the blocks → sparse notes on disk
     append          more sources or teachers, without touching what is there
@@ -323,7 +327,18 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
         show_status(console, rows)
 
 
-for _command in (evaluate, generate, report, verify, repair, inspect, launch, reproduce):
+for _command in (
+    evaluate,
+    generate,
+    report,
+    verify,
+    repair,
+    inspect,
+    launch,
+    reproduce,
+    init,
+    doctor,
+):
     main.add_command(_command)
 
 

@@ -180,8 +180,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file, a key or a value is wrong; every problem is listed.
     """
+    return validated(merged(path, overrides), path)
+
+
+def validated(raw: Mapping[str, Any], path: Path) -> RunConfig:
+    """Returns the configuration that a mapping is; `path` names it in messages.
+
+    Raises:
+        ConfigError: every problem is listed.
+    """
     try:
-        return RunConfig.model_validate(merged(path, overrides))
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, path) from None
 
@@ -210,11 +219,16 @@ def merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             todo="write keys and values, as in pipeline/configs/demo.yaml",
         )  # fmt: skip
     for text in overrides:
-        _override(raw, text)
+        override(raw, text)
     return raw
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def override(raw: dict[str, Any], text: str) -> None:
+    """Lays one "key=value" over what a configuration says, in place.
+
+    Raises:
+        ConfigError: it is none, or does not fit what is there.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(

@@ -12,7 +12,14 @@ from pipeline.config import BASELINE, FUSED
 from pipeline.status import newest_step
 from pipeline.workspace import Workspace
 from stages.documents import source_files
-from stages.model_files import context_length, hidden_size, locate, parameters, read_config
+from stages.model_files import (
+    context_length,
+    hidden_size,
+    locate,
+    parameters,
+    parameters_of,
+    read_config,
+)
 from stages.teacher_jobs import COMPRESSION, TeacherJob, measured, stored
 from storage import manifest
 from storage.corpus_info import CorpusInfo, stored_bytes
@@ -207,7 +214,7 @@ def _student_parameters(work: Workspace) -> int:
     options, folder = work.config.student, work.student_folder()
     config = read_config(folder, "student")
     if options.model is None:
-        return _parameters_of(config)
+        return parameters_of(config)
     total = parameters(folder, "student.model")
     layers = int(config.get("num_hidden_layers") or 0)
     if not options.keep_layers or not layers:
@@ -215,12 +222,3 @@ def _student_parameters(work: Workspace) -> int:
     tied = 1 if config.get("tie_word_embeddings", True) else 2
     outside = min(total, int(config.get("vocab_size", 0)) * hidden_size(config) * tied)
     return outside + (total - outside) * len(options.keep_layers) // layers
-
-
-def _parameters_of(config: dict[str, Any]) -> int:
-    """Returns about how many parameters a configuration means: attention, gated MLP, embeddings."""
-    size, layers = hidden_size(config), int(config.get("num_hidden_layers") or 0)
-    inner = int(config.get("intermediate_size") or 4 * size)
-    tied = 1 if config.get("tie_word_embeddings", True) else 2
-    embeddings = int(config.get("vocab_size", 0)) * size * tied
-    return layers * (4 * size * size + 3 * size * inner) + embeddings

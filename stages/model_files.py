@@ -61,8 +61,13 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") != 1 or "\\" in model
 
 
-def present(model: str, revision: str | None) -> bool:
-    """Returns whether `locate` would download nothing: it is a path, or in the hub cache already."""
+def present(model: str, revision: str | None, *, weights: bool = True) -> bool:
+    """Returns whether `locate` would download nothing: it is a path, or in the hub cache already.
+
+    Args:
+        weights: whether the weights are asked for too. The hub cache may hold a model's tokenizer
+            alone, or some of its shards.
+    """
     if Path(model).is_dir() or _looks_like_path(model):
         return True
     from huggingface_hub import snapshot_download
@@ -71,7 +76,16 @@ def present(model: str, revision: str | None) -> bool:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
     except Exception:  # the hub client has no common base for "is not there"
         return False
-    return any(folder.iterdir())
+    return _whole(folder) if weights else any(folder.iterdir())
+
+
+def _whole(folder: Path) -> bool:
+    """Returns whether a snapshot holds weights, and all shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    shards = set(json.loads(index.read_text())["weight_map"].values())
+    return all((folder / name).is_file() for name in shards)
 
 
 def config_file(folder: Path) -> Path:
@@ -135,11 +149,21 @@ def weight_files(folder: Path, key: str) -> list[Path]:
 
 
 def parameters(folder: Path, key: str) -> int:
-    """Returns the number of stored parameters, from the safetensors headers alone."""
+    """Returns the number of stored parameters, from the safetensors headers alone.
+
+    Raises:
+        TeacherError: there are no weights, or a file of them is cut or damaged.
+    """
     total = 0
     for path in weight_files(folder, key):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise TeacherError(
+                "a weight file has no safetensors header", where=f"{key}: {path}",
+                todo="it is cut or damaged: copy or download it again",
+            ) from error  # fmt: skip
         for name, tensor in header.items():
             if name != "__metadata__":
                 size = 1
@@ -147,6 +171,17 @@ def parameters(folder: Path, key: str) -> int:
                     size *= n
                 total += size
     return total
+
+
+def parameters_of(config: dict[str, Any]) -> int:
+    """Returns about how many parameters a configuration means: attention, gated MLP, embeddings."""
+    size, layers = hidden_size(config), layer_count(config) or 0
+    heads = int(config.get("num_attention_heads") or 1)
+    shared = int(config.get("num_key_value_heads") or heads) / heads
+    inner = int(config.get("intermediate_size") or 4 * size)
+    tied = 1 if config.get("tie_word_embeddings", True) else 2
+    embeddings = int(config.get("vocab_size", 0)) * size * tied
+    return layers * (int(2 * (1 + shared) * size * size) + 3 * size * inner) + embeddings
 
 
 def model_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:

@@ -1,0 +1,31 @@
+"""Ready configurations for families of models, to start from: pipeline/configs/*.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+def names() -> list[str]:
+    """Returns the families there are; the demonstration is none, since it makes its own models."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "demo")
+
+
+def family(name: str) -> dict[str, Any]:
+    """Returns what a ready configuration says.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    from pipeline.config import merged
+
+    if name not in names():
+        raise ConfigError(
+            "there is no ready configuration of this name", where="--family",
+            expected=f"one of {', '.join(names())}", found=name, todo="name one of these",
+        )  # fmt: skip
+    return merged(FOLDER / f"{name}.yaml")

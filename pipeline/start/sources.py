@@ -1,0 +1,304 @@
+"""What a source of text is: its format, its column, and how much it holds, told from its first rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stages.documents import source_files
+from stages.options import SourceOptions
+from storage.errors import ConfigError, CorpusError
+
+ROWS = 500  # documents that are looked at, at most
+_BYTES = 4_000_000  # of their text, at most
+_SUFFIXES = {
+    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".txt": "text", ".md": "text", ".rst": "text", ".text": "text",
+}  # fmt: skip
+_CHAT_COLUMNS = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source and what its first rows tell.
+
+    Attributes:
+        options: as the configuration will have it.
+        sample: the first documents: texts, or lists of messages.
+        whole: whether these are all of them.
+        documents: how many there are; estimated where `whole` is false.
+        tokens: of all of them, by the sample's; 0 until they are counted.
+    """
+
+    options: SourceOptions
+    sample: list[Any]
+    whole: bool
+    documents: int
+    tokens: int = 0
+
+    @property
+    def about(self) -> str:
+        """One line for people."""
+        column = self.options.messages_field or self.options.text_field
+        what = "chats" if self.options.messages_field else "texts"
+        counted = "" if self.whole else "about "
+        where = "" if self.options.format == "text" else f' in "{column}"'
+        return f"{counted}{self.documents:,} {what}{where}, about {self.tokens:,} tokens"
+
+
+def parse(text: str, key: str) -> list[tuple[str, str, str, str | None]]:
+    """Returns (domain, format, path, hub revision) of what the user wrote: DOMAIN=PATH or PATH.
+
+    A folder gives a source for each suffix of the files in it.
+
+    Raises:
+        ConfigError: there is nothing there, or nothing of a known format.
+    """
+    domain, equals, path = text.partition("=")
+    if not equals:
+        domain, path = "", text
+    if path.startswith("hub:"):
+        name, _, revision = path.removeprefix("hub:").partition("@")
+        return [(domain or name.rsplit("/", 1)[-1], "hub", name, revision or None)]
+    domain = (
+        domain or Path(path.rstrip("/")).name.split(".")[0].replace("*", "").strip("-_") or "text"
+    )
+    folder = Path(path)
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return [(domain, "disk", path, None)]
+        suffixes = sorted({p.suffix for p in folder.rglob("*") if p.suffix in _SUFFIXES})
+        patterns = [(_SUFFIXES[s], f"{path.rstrip('/')}/**/*{s}") for s in suffixes]
+        if patterns:
+            return [(domain, kind, pattern, None) for kind, pattern in patterns]
+    elif Path(path).suffix in _SUFFIXES:
+        return [(domain, _SUFFIXES[Path(path).suffix], path, None)]
+    raise ConfigError(
+        "the format of a source cannot be told", where=f"{key} {text}",
+        expected=f"files that end in {', '.join(_SUFFIXES)}, a folder of them or of save_to_disk, or "
+        "hub:NAME",
+        todo="name such files (a glob in quotes will do), or rename them",
+    )  # fmt: skip
+
+
+def find(text: str, key: str, field: str | None = None, split: str = "train") -> list[Found]:
+    """Returns the sources that the user means, each with its first documents.
+
+    Args:
+        text: DOMAIN=PATH or PATH.
+        key: the flag, for messages.
+        field: the column of text or messages; found if not given.
+
+    Raises:
+        ConfigError: no known format, or no column of text can be told.
+        CorpusError: no files, or not readable as what their suffix says.
+    """
+    found = []
+    for domain, kind, path, revision in parse(text, key):
+        where = f"{key} {text}"
+        if kind == "hub" and revision is None:
+            revision = _newest_revision(path, where)
+        values: dict[str, Any] = {
+            "domain": domain, "split": split, "format": kind, "path": path, "revision": revision,
+        }  # fmt: skip
+        found.append(look_at(SourceOptions(**values), where, field))
+    return found
+
+
+def look_at(source: SourceOptions, key: str, field: str | None = None) -> Found:
+    """Returns a source's first documents and how many there are; its column is found if not given.
+
+    Raises:
+        ConfigError, CorpusError
+    """
+    rows, total = _first_rows(source, key)
+    if not rows:
+        raise CorpusError(
+            "the source is empty", where=f"{key}: {source.path}", todo="give one with documents"
+        )
+    column, chat = _column(rows, source, key, field)
+    if source.format != "text":
+        changed = {"messages_field": column} if chat else {"text_field": column}
+        source = source.model_copy(update=changed)
+    return Found(source, [row[column] for row in rows], len(rows) == total, total)
+
+
+def count_tokens(found: Found, key: str, tokenizer: Any) -> Found:
+    """Returns the source with its tokens counted on the sample, by the corpus's own code.
+
+    Raises:
+        CorpusError: a row is not text, or not a chat that the template can render.
+    """
+    undivided = replace(found, options=found.options.model_copy(update={"heldout": 0.0}))
+    tokens = sum(_tokens(undivided, key, tokenizer, False))
+    return replace(found, tokens=max(1, tokens * found.documents // len(found.sample)))
+
+
+def sides(found: Found, key: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns the tokens of each of the sample's documents that is held out, and that is not."""
+    held = _tokens(found, key, tokenizer, True) if found.options.heldout else []
+    return held, _tokens(found, key, tokenizer, False)
+
+
+def _tokens(found: Found, key: str, tokenizer: Any, heldout: bool) -> list[int]:
+    """Returns the tokens of each of the sample's documents on one side of the held-out share."""
+    import datasets
+
+    from stages.documents import DocumentStream, require_chat_template
+
+    source = found.options
+    if source.messages_field:
+        require_chat_template(tokenizer, key)
+    column = source.messages_field or source.text_field
+    rows = datasets.Dataset.from_dict({column: found.sample})
+    stream = DocumentStream(source, key, rows, heldout, tokenizer, tokenizer.eos_token_id)
+    return [len(document.tokens) for document in stream.documents(0)]
+
+
+def _column(
+    rows: list[dict[str, Any]], source: SourceOptions, key: str, field: str | None
+) -> tuple[str, bool]:
+    """Returns the column that holds the text, and whether it holds chats."""
+    columns = list(rows[0])
+    texts = [name for name in columns if all(isinstance(row.get(name), str) for row in rows)]
+    chats = [name for name in columns if all(_is_chat(row.get(name)) for row in rows)]
+    if field is not None:
+        if field in texts or field in chats:
+            return field, field in chats
+    elif source.messages_field in chats or source.text_field in texts:
+        return (
+            (source.messages_field, True) if source.messages_field in chats
+            else (source.text_field, False)
+        )  # fmt: skip
+    else:
+        named = [name for name in chats if name in _CHAT_COLUMNS] or chats
+        if named:
+            return named[0], True
+        if len(texts) == 1:
+            return texts[0], False
+    listed = ", ".join(f"{name} ({_kind(rows[0][name])})" for name in columns)
+    raise ConfigError(
+        "it cannot be told which column holds the text" if field is None
+        else f"the column {field!r} holds neither text nor chat messages in every row",
+        where=f"{key}: {source.path}", found=f"columns: {listed}",
+        todo=f"name the column with --field {source.domain}=COLUMN; chats are lists of "
+        '{"role": …, "content": …}',
+    )  # fmt: skip
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(one, dict) and "role" in one and "content" in one for one in value
+    )  # fmt: skip
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", list: "list", dict: "mapping", bool: "yes or no", int: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _first_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int]:
+    """Returns the first rows, and how many there are (estimated from sizes where not all are read)."""
+    readers = {"text": _texts, "jsonl": _json_rows, "parquet": _parquet_rows}
+    try:
+        if source.format in readers:
+            return readers[source.format](source, source_files(source, key))
+        return _dataset_rows(source)
+    except (CorpusError, ConfigError):
+        raise
+    except (
+        Exception
+    ) as error:  # each library raises its own kinds for files that are not its format
+        text = str(error).strip().splitlines() or [""]
+        raise CorpusError(
+            f"the source cannot be read: {type(error).__name__}: {text[0][:300]}",
+            where=f"{key}: {source.path}", todo=f"check that it is {source.format!r} and not damaged",
+        ) from error  # fmt: skip
+
+
+def _limited(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields rows until there are enough of them, or of their text."""
+    size = 0
+    for row in islice(rows, ROWS):
+        yield row
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if size > _BYTES:
+            return
+
+
+def _texts(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
+    rows = ({source.text_field: path.read_bytes().decode()} for path in files)
+    return list(_limited(rows)), len(files)
+
+
+def _json_rows(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
+    if files[0].suffix == ".json" and files[0].read_text().lstrip()[:1] == "[":
+        values = [row for path in files for row in json.loads(path.read_text())]
+        return list(_limited(iter(values))), len(values)
+    read = 0
+
+    def lines() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for path in files:
+            with path.open("rb") as file:
+                for line in file:
+                    read += len(line)
+                    if line.strip():
+                        yield json.loads(line)
+
+    rows = list(_limited(lines()))
+    size = sum(path.stat().st_size for path in files)
+    return rows, len(rows) if read >= size or not read else max(
+        len(rows) + 1, len(rows) * size // read
+    )
+
+
+def _parquet_rows(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
+    from pyarrow import parquet
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in files:
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+
+    return list(_limited(rows())), sum(parquet.read_metadata(path).num_rows for path in files)
+
+
+def _dataset_rows(source: SourceOptions) -> tuple[list[dict[str, Any]], int]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if source.format == "disk":
+        loaded = datasets.load_from_disk(source.path)
+        if isinstance(loaded, datasets.DatasetDict):
+            loaded = loaded[source.hub_split]
+        return list(_limited(iter(loaded))), len(loaded)
+    stream = datasets.load_dataset(
+        source.path, source.hub_config, split=source.hub_split, revision=source.revision,
+        streaming=True,
+    )  # fmt: skip
+    rows = list(_limited(iter(stream)))
+    splits = stream.info.splits or {}
+    known = splits.get(source.hub_split)
+    return rows, int(known.num_examples) if known and known.num_examples else len(rows)
+
+
+def _newest_revision(name: str, where: str) -> str:
+    """Returns the commit that the hub's data set has now, so that the corpus stays the same.
+
+    Raises:
+        CorpusError: the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # the hub client has no common base for "cannot be had"
+        raise CorpusError(
+            f"the data set's revision cannot be had: {type(error).__name__}", where=where, found=name,
+            todo="check name and network, or give the revision: hub:NAME@REVISION",
+        ) from error  # fmt: skip

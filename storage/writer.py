@@ -35,6 +35,8 @@ from storage.tables import carried_orders, digest, load_orders, save_spares
 from storage.types import AnyArray
 
 LOCK = ".commit.lock"
+IMPORTED = "imported"
+"""An identity's `origin` where it has one."""
 
 
 def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
@@ -54,6 +56,11 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
             found=f"format {body['format']}", todo="cache this teacher again in another folder",
         )  # fmt: skip
     return body["identity"], Layout.from_dict(body["layout"])
+
+
+def is_imported(identity: Mapping[str, Any]) -> bool:
+    """Returns whether a cache was read from another tool's capture: no teacher can go on with it."""
+    return identity.get("origin") == IMPORTED
 
 
 def owners(identity: Mapping[str, Any], layout: Layout) -> manifest.Owners:

@@ -14,6 +14,7 @@ import click
 
 from pipeline.cache_commands import inspect, repair, verify
 from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.exchange.command import export_cache, import_cache
 from pipeline.launch_commands import launch, run_task
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
@@ -323,7 +324,9 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
         show_status(console, rows)
 
 
-for _command in (evaluate, generate, report, verify, repair, inspect, launch, reproduce):
+for _command in (
+    evaluate, generate, report, verify, repair, inspect, launch, reproduce, import_cache, export_cache,
+):  # fmt: skip
     main.add_command(_command)
 
 

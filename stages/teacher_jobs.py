@@ -32,10 +32,13 @@ from storage.fingerprint import HashMemo
 from storage.generations import Generation
 from storage.layout import FORMAT, POOLINGS, Layout
 from storage.remote import Root, require_local
+from storage.types import Int64
 from storage.writer import is_imported, open_cache, owners, require_identity
 
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
+
+LEARNING_TOKENS = 16_384
 
 _LOG_BYTES = 1 << 22  # of the log's end that is read: a rate needs no more
 
@@ -248,6 +251,18 @@ def _require_fit(
             "the teacher has no such layer", where=f"teachers.{name}.feature_layers",
             expected=f"1 to {layers}", found=wrong, todo="choose existing layers",
         )  # fmt: skip
+
+
+def learning_blocks(layout: Layout) -> Int64:
+    """Returns the blocks from which a cache's orders of ids are learned, evenly over the corpus.
+
+    They are forwarded once more later: an eighth of a small corpus, LEARNING_TOKENS of a large one.
+    Of a corpus that has grown its first generation is taken.
+    """
+    blocks = layout.until(1).blocks
+    tokens = min(LEARNING_TOKENS, blocks * layout.block_length // 8)
+    count = max(1, tokens // layout.block_length)
+    return np.arange(count) * blocks // count
 
 
 @dataclass(frozen=True)

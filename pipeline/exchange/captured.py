@@ -43,7 +43,8 @@ class CapturedSequence:
         first: entry j is the distribution of token first + j, given the tokens before it.
         counts: int64 [m], candidates of each entry; 0 where nothing was captured.
         ids: int32 [Σ counts]; logprobs: float32 [Σ counts]; entry by entry, in any order.
-        entropy: float32 [m], where a capture tells it (our own exports do); None else.
+        entropy, gold: float32 [m], NaN where not known: the distribution's, and the logprob of the actual
+            token, where a capture tells them apart from its candidates (our own exports do); None else.
     """
 
     where: str
@@ -53,6 +54,7 @@ class CapturedSequence:
     ids: Int32
     logprobs: Float32
     entropy: Float32 | None = None
+    gold: Float32 | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Shapes: R rows with notes, K head entries, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import numpy as np
 
 from pipeline.exchange.captured import Reading, read_capture, refuse
 from pipeline.exchange.checks import TOLERANCES, ShiftCheck, clean
+from pipeline.exchange.found import Found, Tally, Wanted
 from pipeline.exchange.head_statistics import head_statistics
 from pipeline.exchange.matching import Match, RowFinder
 from pipeline.exchange.scratch import Scratch, ScratchWriter
 from stages.progress import Progress
-from stages.teacher_jobs import generations_of
+from stages.teacher_jobs import generations_of, learning_blocks
 from storage import manifest
 from storage.blocks import BlockReader
 from storage.corpus_info import CorpusInfo
@@ -33,52 +34,6 @@ from storage.notes import encode_rows
 from storage.orders import IdOrders, learn_orders
 from storage.types import AnyArray, Float32, HostNotes, Int64
 from storage.writer import IMPORTED, CacheWriter, owners, require_identity
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be made of a capture.
-
-    Attributes:
-        preset: of the cache's codecs.
-        k: head entries; None: as many as every entry has.
-        entropy_bound: whether the least entropy that a head allows is to stand for the entropy.
-    """
-
-    preset: str
-    k: int | None
-    entropy_bound: bool
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a capture came to.
-
-    Attributes:
-        sequences, entries: how many there are; candidates: (least, most) of an entry that has any.
-        likelihood: mean logprob of the actual token with one less than the declared offset, with it, and
-            one more, over likelihood_rows entries.
-        mass: the largest of a head.
-        rows: with a target; served: of them, and by a teacher that had read just what the block gives
-            (same) or more (other).
-        missing, bounds: as the layout names them.
-    """
-
-    sequences: int
-    entries: int
-    candidates: tuple[int, int]
-    likelihood: dict[str, float]
-    likelihood_rows: int
-    mass: float
-    k: int = 0
-    rows: int = 0
-    same: int = 0
-    other: int = 0
-    missing: tuple[str, ...] = ()
-    bounds: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_into(
@@ -106,11 +61,7 @@ def read_into(
         for one in read_capture(files, reading):
             checked = clean(one, vocab_size, tolerance)
             shift.add(one, checked)
-            entropy = np.full(len(one.counts), np.nan, np.float32)
-            writer.add(
-                one.tokens, one.first, one.counts, checked.ids, checked.logprobs,
-                entropy if one.entropy is None else one.entropy,
-            )  # fmt: skip
+            writer.add(one, checked)
             told = one.counts[one.counts > 0]
             sequences, entries = sequences + 1, entries + len(told)
             least, most = (
@@ -126,38 +77,6 @@ def read_into(
     again = Scratch.found(scratch, key)
     assert again is not None, "it was written just now"
     return again
-
-
-@dataclass
-class _Tally:
-    """What is counted while blocks are matched: rows with a target; served by a teacher that had read the
-    same or other tokens; not served (lost); served with fewer than k candidates (thin)."""
-
-    k: int
-    rows: int = 0
-    same: int = 0
-    other: int = 0
-    lost: int = 0
-    thin: int = 0
-    first_lost: str = ""
-    first_thin: str = ""
-    gold_known: bool = True
-    entropy_known: bool = True
-
-    def require(self, found: Found) -> None:
-        """Refuses what is not covered; never are rows filled in."""
-        if self.lost:
-            raise refuse(
-                f"the capture does not cover the corpus: {self.lost:,} of {self.rows:,} rows with a target "
-                "have no distribution", f"the first: {self.first_lost}",
-                expected="sequences that are the corpus's documents or blocks, whole, by its tokenizer",
-                found=f"{found.sequences:,} sequences, which serve {self.rows - self.lost:,} rows",
-            )  # fmt: skip
-        if self.thin:
-            raise ConfigError(
-                f"{self.thin:,} rows have fewer candidates than k", where=f"the first: {self.first_thin}",
-                expected=f"{self.k} or more", todo=f"give --k {found.candidates[0]}",
-            )  # fmt: skip
 
 
 class Import:
@@ -183,7 +102,7 @@ class Import:
             ConfigError: k is more than some entry has.
             CorruptShard: rows are not covered; says how many, and the first.
         """
-        info, tally = self.corpus.info, _Tally(self._entries())
+        info, tally = self.corpus.info, Tally(self._entries())
         progress.start("match blocks", info.blocks, "block")
         for part in range(info.parts):
             for block in range(*info.part_range(part)):
@@ -199,7 +118,7 @@ class Import:
         )  # fmt: skip
         return self.found
 
-    def _count(self, block: int, tally: _Tally) -> None:
+    def _count(self, block: int, tally: Tally) -> None:
         match = self._finder.match(block)
         rows = np.flatnonzero(match.scored)
         served = rows[match.entries[rows] >= 0]
@@ -234,7 +153,7 @@ class Import:
     def _known(self, entries: Int64, gold: AnyArray) -> tuple[Float32, Float32]:
         """Returns the gold tokens' logprobs and the entropies, NaN where the capture tells neither."""
         logprobs = self.scratch.logprob_of(entries, gold.astype(np.int64))
-        return logprobs, self.scratch.entropy[entries].astype(np.float32)
+        return logprobs, self.scratch.entropies(entries)
 
     def layout(self) -> Layout:
         """Returns what the cache stores."""
@@ -277,8 +196,6 @@ class Import:
         return len(pending)
 
     def _learn(self, layout: Layout) -> IdOrders:
-        from stages.cache_teachers import learning_blocks
-
         heads = [np.zeros((0, layout.k), np.int64)]
         for block in learning_blocks(layout).tolist():
             match = self._finder.match(block)

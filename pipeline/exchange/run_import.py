@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.exchange.captured import Format, Keys, Reading, Values, capture_files, usual_offset
-from pipeline.exchange.importing import Import, Wanted, read_into
+from pipeline.exchange.found import Wanted
+from pipeline.exchange.importing import Import, read_into
 from storage import durable
 from storage.blocks import BlockReader
-from storage.errors import ConfigError, IncompleteCache, StaleCache
+from storage.errors import (
+    ConfigError,
+    CorruptShard,
+    IncompleteCache,
+    StaleCache,
+    VocabularyMismatch,
+)
 from storage.fingerprint import fingerprint
 from storage.remote import require_local
 from storage.writer import is_imported, open_cache
@@ -84,12 +91,15 @@ def run_import(work: Workspace, request: Request) -> dict[str, Any]:
                     "another process imports this teacher's cache", where=root, found=error.strerror,
                     todo="wait for it, or stop it",
                 ) from error  # fmt: skip
-        read = read_into(scratch, files, reading, info.vocab_size, key, work.progress)
-        job = Import(request.teacher, corpus, read, wanted)
-        found, written = job.cover(work.progress), 0
-        if not request.dry_run:
-            written = job.write(root, source, work.progress)
-            shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            read = read_into(scratch, files, reading, info.vocab_size, key, work.progress)
+            job = Import(request.teacher, corpus, read, wanted)
+            found = job.cover(work.progress)
+            written = 0 if request.dry_run else job.write(root, source, work.progress)
+        except (ConfigError, CorruptShard, VocabularyMismatch, StaleCache):
+            shutil.rmtree(scratch, ignore_errors=True)  # of no use to a later try
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
     return {
         "teacher": request.teacher, "cache": str(root), "dry_run": request.dry_run, "written": written,
         "source": source, "found": found.to_dict(),

@@ -6,7 +6,7 @@ bytes compare as ids do), `ids`, `logprobs` (candidates of all entries, each ent
 and int64 tables of where sequences and entries end. It is deleted when the import is done; a stopped one
 finds it again, if it is whole and of the same files and options.
 
-Shapes: n sequences, e entries, c candidates.
+Shapes: n sequences, R of their entries that are asked for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.exchange.captured import CapturedSequence
+from pipeline.exchange.checks import CleanHeads
 from storage import durable
 from storage.fingerprint import canonical_json, fingerprint
 from storage.types import AnyArray, Float32, Int32, Int64
 
 TYPES = {
-    "tokens": ">i4", "ids": "<i4", "logprobs": "<f4", "entropy": "<f4",
+    "tokens": ">i4", "ids": "<i4", "logprobs": "<f4", "entropy": "<f4", "gold": "<f4", "actual": "<i4",
     "token_ends": "<i8", "entry_ends": "<i8", "candidate_ends": "<i8", "firsts": "<i8",
 }  # fmt: skip
 FACTS = "facts.json"
@@ -46,31 +48,24 @@ class ScratchWriter:
         self._files: dict[str, BinaryIO] = {n: (root / n).open("wb") for n in TYPES}
         self._ends = {"token_ends": 0, "entry_ends": 0, "candidate_ends": 0}
 
-    def add(
-        self,
-        tokens: Int32,
-        first: int,
-        counts: Int64,
-        ids: Int32,
-        logprobs: Float32,
-        entropy: Float32,
-    ) -> None:
-        """Appends a sequence.
-
-        Args:
-            first: which token its first entry is the distribution of.
-            counts: int64, candidates of each entry; ids, logprobs: of all of them.
-            entropy: of each entry, NaN where it is not known.
-        """
+    def add(self, one: CapturedSequence, heads: CleanHeads) -> None:
+        """Appends a sequence with its checked candidates."""
+        nan = np.full(len(one.counts), np.nan, np.float32)
+        of = one.first + np.arange(len(one.counts))
+        there = (of >= 0) & (of < len(one.tokens))
+        actual = np.full(len(of), -1)
+        actual[there] = one.tokens[of[there]]
         with durable.disk_errors(self._root):
-            self._put("tokens", tokens)
-            self._put("firsts", np.array([first]))
-            self._put("ids", ids)
-            self._put("logprobs", logprobs)
-            self._put("entropy", entropy)
-            self._put("candidate_ends", self._advance("candidate_ends", np.cumsum(counts)))
-            self._put("token_ends", self._advance("token_ends", np.array([len(tokens)])))
-            self._put("entry_ends", self._advance("entry_ends", np.array([len(counts)])))
+            self._put("tokens", one.tokens)
+            self._put("firsts", np.array([one.first]))
+            self._put("ids", heads.ids)
+            self._put("logprobs", heads.logprobs)
+            self._put("entropy", nan if one.entropy is None else one.entropy)
+            self._put("gold", nan if one.gold is None else one.gold)
+            self._put("actual", actual)
+            self._put("candidate_ends", self._advance("candidate_ends", np.cumsum(one.counts)))
+            self._put("token_ends", self._advance("token_ends", np.array([len(one.tokens)])))
+            self._put("entry_ends", self._advance("entry_ends", np.array([len(one.counts)])))
 
     def _put(self, name: str, values: AnyArray) -> None:
         self._files[name].write(values.astype(TYPES[name]).tobytes())
@@ -154,9 +149,13 @@ class Scratch:
         return self.array("ids"), self.array("logprobs")
 
     @cached_property
-    def entropy(self) -> AnyArray:
-        """float32 [e]."""
-        return self.array("entropy")
+    def _entries(self) -> tuple[AnyArray, AnyArray, AnyArray]:
+        return self.array("entropy"), self.array("gold"), self.array("actual")
+
+    def entropies(self, entries: Int64) -> Float32:
+        """Returns float32 [R], NaN where the capture does not tell it."""
+        found: Float32 = self._entries[0][entries].astype(np.float32)
+        return found
 
     @property
     def token_starts(self) -> Int64:
@@ -180,17 +179,21 @@ class Scratch:
         return ids[at].astype(np.int32), logprobs[at].astype(np.float32)
 
     def logprob_of(self, entries: Int64, tokens: Int64) -> Float32:
-        """Returns the logprob of a token among each entry's candidates, NaN where it is none of them."""
+        """Returns a token's logprob by each entry, float32 [R], NaN where the capture does not tell it.
+
+        As the actual token's where that is told apart, else as the candidate's.
+        """
         counts = self.counts(entries)
         width = int(counts.max(initial=0))
         ids, logprobs = self._candidates
         found = np.full(len(entries), np.nan, np.float32)
-        if not width:
-            return found
         columns = np.arange(width)
         at = self._starts["candidate_ends"][entries][:, None] + columns
         at = np.minimum(at, len(ids) - 1)
         hit = (ids[at] == tokens[:, None]) & (columns < counts[:, None])
         rows = np.flatnonzero(hit.any(1))
         found[rows] = logprobs[at[rows, hit[rows].argmax(1)]]
-        return found
+        _, gold, actual = self._entries
+        return np.where(
+            (actual[entries] == tokens) & ~np.isnan(gold[entries]), gold[entries], found
+        )

@@ -92,13 +92,11 @@ def _sequence(row: Any, sequence: Any, reading: Reading, where: str) -> Captured
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:
         raise refuse("the entries begin at no token", where, expected="start ≥ 0", found=start)
     ids, values, counts = parse_entries(entries, reading, where)
-    gold = row.get("gold_logprobs")
-    first = start + reading.offset
-    if gold is not None:
-        ids, values, counts = _with_gold(tokens, first, gold, ids, values, counts, where)
+    count = len(counts)
     return CapturedSequence(
-        where, tokens, first, np.array(counts, np.int64), np.array(ids, np.int32),
-        np.array(values, np.float32), _numbers(row.get("entropy"), len(counts), "entropy", where),
+        where, tokens, start + reading.offset, np.array(counts, np.int64), np.array(ids, np.int32),
+        np.array(values, np.float32), _numbers(row.get("entropy"), count, "entropy", where),
+        _numbers(row.get("gold_logprobs"), count, "gold_logprobs", where),
     )  # fmt: skip
 
 
@@ -198,26 +196,3 @@ def _numbers(values: Any, count: int, name: str, where: str) -> Any:
         return np.array([math.nan if v is None else v for v in values], np.float32)
     except (TypeError, ValueError):
         raise refuse(f"{name} holds what is no number", where) from None
-
-
-def _with_gold(
-    tokens: Int32, first: int, gold: Any, ids: list[int], values: list[float], counts: list[int],
-    where: str,
-) -> tuple[list[int], list[float], list[int]]:  # fmt: skip
-    """Adds the actual token's logprob to an entry whose candidates do not have it, as vLLM does."""
-    numbers = _numbers(gold, len(counts), "gold_logprobs", where)
-    all_ids: list[int] = []
-    all_values: list[float] = []
-    all_counts: list[int] = []
-    at = 0
-    for j, count in enumerate(counts):
-        mine, theirs = ids[at : at + count], values[at : at + count]
-        at += count
-        if first + j < len(tokens) and count and not math.isnan(numbers[j]):
-            token = int(tokens[first + j])
-            if token not in mine:
-                mine, theirs = [*mine, token], [*theirs, float(numbers[j])]
-        all_ids += mine
-        all_values += theirs
-        all_counts.append(len(mine))
-    return all_ids, all_values, all_counts

@@ -110,6 +110,7 @@ def main() -> None:
     evaluate        held-out figures
     report          HTML, Markdown and JSON of them; of several runs: a comparison
     launch          the whole of it on a cluster; status: how far it is
+    import          another tool's capture as a teacher's cache; export-cache: the other way
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds
 

@@ -16,6 +16,7 @@ An entry is a mapping of ids (or token strings) to numbers, or a list of {"token
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -28,8 +29,9 @@ import numpy as np
 
 from pipeline.exchange.captured import CapturedSequence, Reading, refuse, tokens_of
 from storage.errors import ConfigError
-from storage.types import Int32
+from storage.types import Float32, Int32, Int64
 
+_MOST, _LEAST = 1.001, 1e-45  # of a probability; what is less counts as the least float32
 _ID_KEYS = ("token_id", "id", "token")
 
 
@@ -94,8 +96,8 @@ def _sequence(row: Any, sequence: Any, reading: Reading, where: str) -> Captured
     ids, values, counts = parse_entries(entries, reading, where)
     count = len(counts)
     return CapturedSequence(
-        where, tokens, start + reading.offset, np.array(counts, np.int64), np.array(ids, np.int32),
-        np.array(values, np.float32), _numbers(row.get("entropy"), count, "entropy", where),
+        where, tokens, start + reading.offset, counts, ids, values,
+        _numbers(row.get("entropy"), count, "entropy", where),
         _numbers(row.get("gold_logprobs"), count, "gold_logprobs", where),
     )  # fmt: skip
 
@@ -124,8 +126,15 @@ def sequence_tokens(
 
 def parse_entries(
     entries: Sequence[Any], reading: Reading, where: str
-) -> tuple[list[int], list[float], list[int]]:
-    """Returns (ids, logprobs, how many of each entry)."""
+) -> tuple[Int32, Float32, Int64]:
+    """Returns (ids, logprobs, how many of each entry).
+
+    Raises:
+        CorruptShard, ConfigError: an entry is not of the format; says which.
+    """
+    if reading.keys == "ids":  # quickly, as nearly all are; what fails here is told below
+        with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError, KeyError):
+            return _plain_entries(entries, reading)
     ids: list[int] = []
     values: list[float] = []
     counts: list[int] = []
@@ -135,7 +144,31 @@ def parse_entries(
         for key, value in pairs:
             ids.append(_id(key, reading, where, j))
             values.append(_logprob(value, reading, where, j))
-    return ids, values, counts
+    return np.array(ids, np.int32), np.array(values, np.float32), np.array(counts, np.int64)
+
+
+def _plain_entries(entries: Sequence[Any], reading: Reading) -> tuple[Int32, Float32, Int64]:
+    """Returns what `parse_entries` does of mappings of ids to numbers, or to vLLM's objects.
+
+    Raises:
+        TypeError, ValueError, OverflowError, AttributeError, KeyError: they are something else.
+    """
+    told = [entry for entry in entries if entry is not None]
+    keys = [int(key) for entry in told for key in entry.keys()]  # noqa: SIM118
+    found = [value for entry in told for value in entry.values()]
+    if found and isinstance(found[0], dict):
+        found = [value["logprob"] for value in found]
+    if not {type(value) for value in found} <= {float, int}:
+        raise TypeError("no numbers")
+    values, ids = np.array(found, np.float64), np.array(keys, np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
+        raise OverflowError("no ids")
+    if reading.values == "probabilities":
+        if not ((values >= 0) & (values <= _MOST)).all():
+            raise ValueError("no probabilities")
+        values = np.log(np.maximum(values, _LEAST))
+    counts = [0 if entry is None else len(entry) for entry in entries]
+    return ids.astype(np.int32), values.astype(np.float32), np.array(counts, np.int64)
 
 
 def _pairs(entry: Any, where: str, j: int) -> list[tuple[Any, Any]]:
@@ -181,9 +214,9 @@ def _logprob(value: Any, reading: Reading, where: str, j: int) -> float:
         raise refuse("a candidate has no number", f"{where}, entry {j}", found=repr(value))
     if reading.values == "logprobs":
         return float(value)
-    if not 0 <= value <= 1.001:
+    if not 0 <= value <= _MOST:
         raise refuse("no probability", f"{where}, entry {j}", expected="0 to 1", found=value)
-    return math.log(max(value, 1e-45))
+    return math.log(max(value, _LEAST))
 
 
 def _numbers(values: Any, count: int, name: str, where: str) -> Any:

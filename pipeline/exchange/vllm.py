@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.exchange.captured import CapturedSequence, Reading, refuse
 from pipeline.exchange.topk_jsonl import json_lines, parse_entries, sequence_tokens
 from storage.types import Int32
@@ -66,7 +64,4 @@ def _sequence(
             where, expected=len(tokens), found=len(entries),
         )  # fmt: skip
     ids, values, counts = parse_entries(entries, reading, where)
-    return CapturedSequence(
-        where, tokens, reading.offset, np.array(counts, np.int64), np.array(ids, np.int32),
-        np.array(values, np.float32),
-    )  # fmt: skip
+    return CapturedSequence(where, tokens, reading.offset, counts, ids, values)

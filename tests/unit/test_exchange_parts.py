@@ -17,7 +17,7 @@ from pipeline.exchange.captured import CapturedSequence, Reading
 from pipeline.exchange.checks import ShiftCheck, Tolerance, clean
 from pipeline.exchange.distillkit import PackedLayout, decode_logprobs, unpack_bits
 from pipeline.exchange.head_statistics import head_statistics
-from pipeline.exchange.topk_jsonl import read_topk
+from pipeline.exchange.topk_jsonl import parse_entries, read_topk
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, ScholiastError, VocabularyMismatch
 
@@ -186,6 +186,20 @@ def test_easydistills_lines_tell_of_the_end_of_their_sequences(tmp_path: Path) -
     tokens = lines(tmp_path / "tokens.jsonl", {"input_ids": [5, 6, 7, 8, 9]})
     (one,) = read_topk([capture], reading(values="probabilities", offset=0, tokens=tokens))
     assert one.first == 3 and np.exp(one.logprobs).tolist() == pytest.approx([0.75, 0.2, 1.0])
+
+
+@pytest.mark.parametrize("values", ["logprobs", "probabilities"])
+def test_the_quick_way_through_entries_gives_what_the_plain_one_does(values: Any) -> None:
+    numbers = [0.5, 0.25, 1, 0.001] if values == "probabilities" else [-0.7, -1.5, 0, -20.25]
+    plain = [{"5": numbers[0], "19": numbers[1]}, None, {"7": numbers[2]}, {}]
+    objects = [e and {k: {"logprob": v, "rank": 1} for k, v in e.items()} for e in plain]
+    pairs = [e if e is None else [{"id": k, "logprob": v} for k, v in e.items()] for e in plain]
+    first, *others = (
+        parse_entries(one, reading(values=values), "here") for one in (plain, objects, pairs)
+    )
+    assert first[2].tolist() == [2, 0, 1, 0] and first[0].tolist() == [5, 19, 7]
+    for other in others:
+        assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(first, other, strict=True))
 
 
 def test_token_strings_are_looked_up(tmp_path: Path) -> None:

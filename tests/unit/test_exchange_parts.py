@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from capture_files import pack_bits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,28 @@ def test_distillkits_example_layout_decodes_to_what_its_formulas_say() -> None:
     assert np.allclose(
         decode_logprobs(packed[None], delta)[0], np.cumsum([*exact, *rest]), atol=1e-5
     )
+
+
+def test_bins_undo_the_rounding_of_a_polynomial_in_bfloat16() -> None:
+    """As DistillKit writes it: what the elements hold is left by the polynomial as bfloat16 sums it."""
+    layout = PackedLayout.model_validate({
+        "d": 500, "k": 20, "exact_k": 0, "delta_encoding": False, "polynomial_terms": [0, 1, "sqrt"],
+        "term_dtype": "bfloat16", "normalize_t": True,
+        "residual_bins": [{"scale_dtype": "float32", "element_bits": 12, "num_elements": 20}],
+    })  # fmt: skip
+    wanted = -torch.sort(torch.rand(7, 20, generator=torch.Generator().manual_seed(1)) * 9)[0]
+    t = torch.linspace(0, 1, 20)
+    table = torch.stack([t**0, t, t.sqrt()], -1)
+    fitted = torch.linalg.lstsq(table.expand(7, -1, -1), wanted[..., None]).solution[..., 0]
+    terms = fitted.bfloat16()
+    rest = wanted - (table.bfloat16() * terms[:, None]).sum(-1).float()
+    scale = rest.abs().amax(-1, keepdim=True) / 2048
+    codes = ((rest / scale).round().clamp(-2048, 2047) + 2048).long().numpy()
+    packed = np.concatenate(
+        [terms.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy(), pack_bits(codes, 12)], 1
+    )
+    found = decode_logprobs(packed, layout)
+    assert (np.abs(found - wanted.numpy()) <= 1.01 * scale.numpy()).all()
 
 
 def test_sorting_keeps_candidates_with_their_entry() -> None:

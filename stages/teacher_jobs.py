@@ -33,7 +33,7 @@ from storage.generations import Generation
 from storage.layout import FORMAT, POOLINGS, Layout
 from storage.remote import Root, require_local
 from storage.types import Int64
-from storage.writer import is_imported, open_cache, owners, require_identity
+from storage.writer import is_imported, open_cache, owners, require_same
 
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
@@ -160,7 +160,8 @@ def _job(
             **({} if layout.pooling == POOLINGS[:1] else {"pooling": list(layout.pooling)}),
         },
     }
-    require_identity(root, identity, layout)
+    if opened is not None:
+        require_same(root, opened[0], identity, layout)
     return _with_parts(name, options, folder, root, identity, layout)
 
 

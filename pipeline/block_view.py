@@ -120,7 +120,8 @@ class BlockView:
         Returns:
             {block, domain and split (of the corpus), rows: [{row, scored, token, next, document
             (of the corpus), teachers: name → {entropy, tail_mass, gold_logprob, candidates,
-            drawn}}]}. A token is {id, text}; a candidate has its probability `p` too.
+            drawn}}]}; null where an imported cache does not tell it. A token is {id, text}; a
+            candidate has its probability `p` too.
 
         Raises:
             ConfigError: no such block or rows.
@@ -167,9 +168,9 @@ class BlockView:
         ids, logprobs = notes.head.ids[0, t], notes.head.logprobs[0, t]
         order = np.argsort(-logprobs, kind="stable")[:top]
         return {
-            "entropy": float(notes.stats.entropy[0, t]),
+            "entropy": _known(notes.stats.entropy[0, t]),
             "tail_mass": float(np.exp(notes.stats.log_tail_mass[0, t])),
-            "gold_logprob": float(notes.stats.gold_logprob[0, t]),
+            "gold_logprob": _known(notes.stats.gold_logprob[0, t]),
             "candidates": [
                 {**self._token(int(ids[i])), "p": float(np.exp(logprobs[i]))}
                 for i in order if logprobs[i] > LOG_ZERO / 2  # unused entries of a cut head
@@ -182,6 +183,11 @@ class BlockView:
     def _token(self, token: int) -> dict[str, Any]:
         text = self._vocabulary.text(token) if self._vocabulary else f"#{token}"
         return {"id": token, "text": text}
+
+
+def _known(value: Any) -> float | None:
+    """Returns a statistic, None where the cache does not hold it."""
+    return None if np.isnan(value) else float(value)
 
 
 def drawn(notes: TeacherNotes, t: int) -> list[tuple[int, int]]:

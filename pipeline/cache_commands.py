@@ -96,7 +96,8 @@ def find_target(path: Path, overrides: Sequence[str]) -> Target:
     return target
 
 
-def _console(quiet: bool) -> Console:
+def open_console(quiet: bool) -> Console:
+    """Returns the console of a command that has no configuration."""
     from pipeline.console import Console
 
     console = Console(quiet)
@@ -140,7 +141,7 @@ def verify(
     """
     from pipeline.verify_text import arguments, report_json, show_reports, verdict
 
-    console = _console(quiet)
+    console = open_console(quiet)
     reports = _verify_all(find_target(cache, overrides), deep, workers, console)
     sound = all(report.sound for report in reports.values())
     if as_json:
@@ -174,7 +175,7 @@ def repair(
     from storage.repair import plan_repair, unmended
     from storage.repair import repair as repair_store
 
-    console = _console(quiet)
+    console = open_console(quiet)
     reports = _verify_all(find_target(cache, overrides), deep, workers, console)
     act = plan_repair if dry_run else repair_store
     actions = {name: act(report, clean) for name, report in reports.items()}
@@ -224,7 +225,7 @@ def inspect(
     from pipeline.inspect_text import show_block, show_caches, show_corpus
     from storage.stores import CACHE, kind_of
 
-    console, target = _console(quiet), find_target(cache, overrides)
+    console, target = open_console(quiet), find_target(cache, overrides)
     caches = {name: root for name, root in target.stores.items() if kind_of(root) == CACHE}
     corpora = {name: root for name, root in target.stores.items() if name not in caches}
     facts = {name: describe_cache(root, name, sample) for name, root in caches.items()}

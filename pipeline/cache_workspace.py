@@ -20,7 +20,7 @@ from storage.fingerprint import HashMemo
 from storage.leases import sweep
 from storage.remote import require_local
 from storage.stores import whole_bytes
-from storage.writer import save_info
+from storage.writer import is_imported, open_cache, save_info
 
 
 class CacheWorkspace:
@@ -100,6 +100,12 @@ class CacheWorkspace:
             )  # fmt: skip
         jobs = self._jobs_of(teachers)
         for job in jobs:
+            if job.imported and job.pending:
+                raise IncompleteCache(
+                    f"the cache of teacher {job.name!r} was imported, and not to its end",
+                    where=job.root, expected=f"{job.layout.parts} parts", found=f"{len(job.done)}",
+                    todo="run the same `scholiast import` again: it goes on where it stopped",
+                )  # fmt: skip
             if job.done and not (job.root / "cache.json").exists():  # it was lost
                 save_info(job.local_root, job.identity, job.layout)
         outcomes = []
@@ -155,17 +161,23 @@ class CacheWorkspace:
             return False
         return present(model, revision, weights=weights)
 
+    def imported(self, teacher: str) -> bool:
+        """Returns whether a teacher's cache was imported, so that its model is never looked at."""
+        opened = open_cache(self.config.cache_folder / teacher)
+        return opened is not None and is_imported(opened[0])
+
     def looked_at(self) -> tuple[CorpusInfo | None, list[TeacherJob]]:
         """Returns corpus and jobs as far as they can be told without building or downloading.
 
         Raises:
             StaleCache, CorruptShard, MissingShard: what lies there is not usable.
         """
-        corpus, teachers = self.config.corpus, self.config.teachers.values()
+        corpus, teachers = self.config.corpus, self.config.teachers.items()
         if not self.there(corpus.tokenizer, corpus.tokenizer_revision, weights=False):
             return None, []
         info = self.prepared()
-        if info is None or not all(self.there(t.model, t.revision) for t in teachers):
+        there = (self.imported(n) or self.there(t.model, t.revision) for n, t in teachers)
+        if info is None or not all(there):
             return info, []
         return info, self.jobs(info)
 
@@ -208,7 +220,9 @@ def _cache_cost(job: TeacherJob) -> dict[str, Any]:
     size, log = stored(job), measured(job.root)
     everything = size.bytes + whole_bytes(job.root)
     return {
-        "parameters": parameters(job.folder, f"teachers.{job.name}.model"),
+        "parameters": None
+        if job.imported
+        else parameters(job.folder, f"teachers.{job.name}.model"),
         "bytes": everything, "tokens": tokens, "bytes_per_token": everything / tokens,
         "arrays": {name: n / tokens for name, n in size.arrays.items()},
         "tokens_per_second": log.tokens / log.seconds if log else None,

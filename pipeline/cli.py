@@ -14,6 +14,7 @@ import click
 
 from pipeline.cache_commands import inspect, repair, verify
 from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.exchange.command import export_cache, import_cache
 from pipeline.launch_commands import launch, run_task
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
@@ -113,6 +114,7 @@ def main() -> None:
     evaluate        held-out figures
     report          HTML, Markdown and JSON of them; of several runs: a comparison
     launch          the whole of it on a cluster; status: how far it is
+    import          another tool's capture as a teacher's cache; export-cache: the other way
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds
 
@@ -328,17 +330,9 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
 
 
 for _command in (
-    evaluate,
-    generate,
-    report,
-    verify,
-    repair,
-    inspect,
-    launch,
-    reproduce,
-    init,
-    doctor,
-):
+    evaluate, generate, report, verify, repair, inspect, launch, reproduce, init, doctor, import_cache,
+    export_cache,
+):  # fmt: skip
     main.add_command(_command)
 
 

@@ -48,7 +48,10 @@ def evaluate(
     reader = work.heldout_reader()
     prompts = sample_prompts(work, reader, info)
     # A teacher is loaded for its text; without prompts its notes say all that is asked.
-    teachers = [job for job in jobs if job.name in reader.caches and prompts.prompts]
+    # Of an imported cache there is no model.
+    teachers = [
+        job for job in jobs if job.name in reader.caches and prompts.prompts and not job.imported
+    ]
     work.progress.start("evaluate", len(runs) + 1 + len(models) + len(teachers), "model")
     cached = cached_figures(work, reader, info, prompts)
     students: dict[str, Any] = {}

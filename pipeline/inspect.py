@@ -97,9 +97,10 @@ def has_target(stats: TokenStats) -> Bool:
 
     A row without a target holds zeros. In no preset does one with a target: a tail whose mass is stored
     as 1 (a small head of a flat distribution) leaves no id more than the rounding, so that the entropy
-    is large; an entropy stored as 0 leaves nearly no tail, whose log is far from 0.
+    is large; an entropy stored as 0 leaves nearly no tail, whose log is far from 0. A cache without
+    entropies was imported, and there a head has some mass.
     """
-    target: Bool = (stats.log_tail_mass != 0) | (stats.entropy != 0)
+    target: Bool = (stats.log_tail_mass != 0) | (np.nan_to_num(stats.entropy) != 0)
     return target
 
 
@@ -150,11 +151,14 @@ def _figures(reader: CacheReader, blocks: Int64) -> dict[str, Any] | None:
         "blocks": len(blocks), "rows": len(entropy),
         "head_mass": _distribution(1 - tail), "tail_mass": _distribution(tail),
         "entropy": _distribution(entropy), "gold_logprob": _distribution(gold),
-        "perplexity": float(np.exp(-gold.mean())),
+        "perplexity": None if np.isnan(gold).any() else float(np.exp(-gold.mean())),
     }  # fmt: skip
 
 
-def _distribution(values: Any) -> dict[str, float]:
+def _distribution(values: Any) -> dict[str, float] | None:
+    """Returns mean and percentiles, None of what the cache does not hold."""
+    if np.isnan(values).any():
+        return None
     marks = np.percentile(values, _PERCENTILES).tolist()
     return {
         "mean": float(values.mean()),

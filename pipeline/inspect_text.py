@@ -75,16 +75,17 @@ def _show_figures(facts: Facts, console: Console) -> None:
     for key, label in _FIGURES:
         for name, one in facts.items():
             if one["figures"]:
-                row = one["figures"][key]
-                marks = [f"{row[m]:.4f}" for m in ("mean", "p10", "p50", "p90")]
-                rows.append([label, name, *marks])
+                row, marks = one["figures"][key], ("mean", "p10", "p50", "p90")
+                bound = ", a lower bound" if key in one["layout"].get("bounds", ()) else ""
+                cells = ["missing" if row is None else f"{row[m]:.4f}" for m in marks]
+                rows.append([f"{label}{bound}", name, *cells])
     sampled = next((one["figures"] for one in facts.values() if one["figures"]), None)
     if sampled is None:
         click.echo("\nno rows to take figures from yet")
         return
     click.echo(f"\nfigures over {sampled['rows']:,} rows of {sampled['blocks']:,} blocks")
     console.table(["figure", "cache", "mean", "10 %", "median", "90 %"], rows, left=(0, 1))
-    perplexities = [f"{name} {one['figures']['perplexity']:.2f}"
+    perplexities = [f"{name} {_fixed(one['figures']['perplexity'])}"
                     for name, one in facts.items() if one["figures"]]  # fmt: skip
     click.echo(f"perplexity on the next token: {', '.join(perplexities)}")
 
@@ -112,10 +113,15 @@ def _cells(notes: dict[str, Any]) -> list[str]:
     more = len(notes["drawn"]) - len(notes["candidates"])
     drawn += f"  and {more} more" if more > 0 else ""
     return [
-        f"{notes['entropy']:.2f}", f"{notes['tail_mass']:.3f}",
-        _p(math.exp(notes["gold_logprob"])),
+        _fixed(notes["entropy"]), f"{notes['tail_mass']:.3f}",
+        "–" if notes["gold_logprob"] is None else _p(math.exp(notes["gold_logprob"])),
         f"{candidates}  drawn: {drawn}" if drawn else candidates,
     ]  # fmt: skip
+
+
+def _fixed(value: float | None) -> str:
+    """Returns a figure with two digits, a dash where the cache does not tell it."""
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _times(drawn: dict[str, Any]) -> str:

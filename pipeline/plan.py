@@ -141,12 +141,15 @@ def _teacher_row(
 ) -> PlanRow:
     options = work.config.teachers[name]
     label = f"cache {name}"
-    if not work.there(options.model, options.revision):
+    if not (work.imported(name) or work.there(options.model, options.revision)):
         raw = 300.0 * COMPRESSION * work.config.store.entries / 64
         return PlanRow(label, 0, parts, raw * tokens, None, "model not here yet")
     if job is not None and not job.pending:
         whole = stored(job)
         return PlanRow(label, parts, parts, whole.bytes, None, f"done{_of(whole.sampled, parts)}")
+    if job is not None and job.imported:
+        whole = stored(job)
+        return PlanRow(label, len(job.done), parts, whole.bytes, None, "to be imported further")
     left = tokens
     if job is not None:
         left = job.layout.blocks_of(job.pending) * job.layout.block_length

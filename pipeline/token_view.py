@@ -214,7 +214,7 @@ def _fused_rows(
             w[r] * (t.entropy[r] - _coarse_entropy(q[r]))
             for w, t, (_, q) in zip(weight_MR, teachers.values(), heads, strict=True)
         )
-        entropy[r] = max(0.0, _coarse_entropy(mass) + beyond)
+        entropy[r] = np.maximum(0.0, _coarse_entropy(mass) + beyond)  # NaN stays
         order = np.argsort(-mass, kind="stable")[:width]
         ids[r, : len(order)], p[r, : len(order)] = merged[order], mass[order]
     return Expected(entropy, -np.log(np.maximum(gold, 1e-300)), ids, p)
@@ -228,7 +228,8 @@ def _coarse_entropy(p: AnyArray) -> float:
 
 
 def _rounded(values: AnyArray, digits: int) -> list[Any]:
-    return [round(float(value), digits) for value in values]
+    """Returns plain numbers; None for NaN, what an imported cache does not tell."""
+    return [None if np.isnan(value) else round(float(value), digits) for value in values]
 
 
 def _spread(values: list[Any], scored: Bool) -> list[Any]:

@@ -18,12 +18,13 @@ from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
 from stages.mixture_em import domain_weights
 from stages.options import Pooling, Tail
 from stages.target_options import FusionOptions
-from stages.weighting import first_weights
+from stages.weighting import WEIGHTINGS, first_weights, parsed, possible
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache
 from storage.layout import feature_name
 from storage.reader import CacheReader
 from storage.types import Int64, TokenBlocks
+from storage.writer import is_imported
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class BatchReader:
 
     Raises (on construction):
         StaleCache: a cache belongs to another corpus.
-        ConfigError: a smaller head is to be decoded on the device, or draws are wanted of a cache
-            without.
+        ConfigError: a smaller head is to be decoded on the device, draws are wanted of a cache
+            without, or an imported cache cannot serve the weights or the temperature.
     """
 
     def __init__(
@@ -146,7 +147,11 @@ class BatchReader:
                     expected="auto, bucket, renormalised or residual", found=tail,
                     todo="choose one of these, or set store.draws and cache again",
                 )  # fmt: skip
-        _require_alike(caches)
+            cache.require(
+                WEIGHTINGS[parsed(options.weights)[0]].needs, f"fusion.weights: {options.weights}",
+                f"set fusion.weights to one of {possible(cache.layout.missing)}",
+            )  # fmt: skip
+        _require_alike(caches, temperature)
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
         self._on_device, self._tail, self._pooled = on_device, tail, pooled
@@ -289,10 +294,25 @@ class BatchReader:
         return self._fitted.to(batch.domain.device, torch.float32).t()[:, batch.row_domain]
 
 
-def _require_alike(caches: Mapping[str, CacheReader]) -> None:
-    """Refuses caches whose notes cannot be put side by side."""
+def _require_alike(caches: Mapping[str, CacheReader], temperature: float) -> None:
+    """Refuses caches whose notes cannot be put side by side.
+
+    At temperature 1 nobody looks at the grids, which an imported cache does not have.
+    """
+    imported = [name for name, c in caches.items() if is_imported(c.identity)]
+    if temperature != 1.0 and imported:
+        raise ConfigError(
+            f"the cache of teacher {imported[0]!r} was imported: a capture at temperature 1 does not "
+            "tell other temperatures' partition sums", where="loss.temperature", expected=1.0,
+            found=temperature, todo="set loss.temperature: 1.0, or leave the teacher out of "
+            "fusion.teachers",
+        )  # fmt: skip
     kinds = {
-        name: (c.layout.temperatures, c.layout.vocab_size, c.layout.segments)
+        name: (
+            c.layout.temperatures if temperature != 1.0 or not imported else (),
+            c.layout.vocab_size,
+            c.layout.segments,
+        )
         for name, c in caches.items()
     }
     pooled = {c.layout.segments for c in caches.values() if c.layers}

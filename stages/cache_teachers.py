@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 
 from stages.annotate import PartAnnotator
@@ -26,19 +25,16 @@ from stages.progress import Progress
 from stages.shares import Claims, Dropped, Grace, Outcome, Share
 from stages.stop import StopSignals, names
 from stages.teacher import TransformersTeacher, require_fit
-from stages.teacher_jobs import TeacherJob, append_log
+from stages.teacher_jobs import TeacherJob, append_log, learning_blocks
 from stages.tokenizer import load_tokenizer, require_same_tokenizer
 from storage.blocks import BlockReader
 from storage.durable import require_free
 from storage.errors import Stopped
-from storage.layout import Layout
 from storage.leases import Holder, Leases
 from storage.orders import IdOrders, learn_orders
 from storage.remote import Root
-from storage.types import AnyArray, Int64
+from storage.types import AnyArray
 from storage.writer import CacheWriter
-
-LEARNING_TOKENS = 16_384
 
 
 def cache_teachers(
@@ -206,18 +202,6 @@ class _PartWriter:
             raise
         self._outcome.written.append(part)
         self._leases.release(part)
-
-
-def learning_blocks(layout: Layout) -> Int64:
-    """Returns the blocks from which a cache's orders of ids are learned, evenly over the corpus.
-
-    They are forwarded once more later: an eighth of a small corpus, LEARNING_TOKENS of a large one.
-    Of a corpus that has grown its first generation is taken.
-    """
-    blocks = layout.until(1).blocks
-    tokens = min(LEARNING_TOKENS, blocks * layout.block_length // 8)
-    count = max(1, tokens // layout.block_length)
-    return np.arange(count) * blocks // count
 
 
 def _tokens(job: TeacherJob, part: int) -> int:

@@ -56,9 +56,9 @@ class DeviceDecoder:
         return NoteRows(
             ids=_rows(self._decoded_ids(packed["head_ids"], first), scored_BT),
             logprobs=_rows(self._logprobs(packed), scored_BT),
-            entropy=self._statistic(packed["entropy"])[scored_BT],
+            entropy=self._known(packed, "entropy", scored_BT),
             log_tail=-self._statistic(packed["log_tail_mass"])[scored_BT],
-            gold_logprob=-self._statistic(packed["gold_logprob"])[scored_BT],
+            gold_logprob=-self._known(packed, "gold_logprob", scored_BT),
             log_z=scored_BT.new_zeros((int(scored_BT.sum()), 0), dtype=torch.float32)
             if log_z is None
             else _rows(log_z * log_z.new_tensor(signs)[:, None], scored_BT),
@@ -92,6 +92,13 @@ class DeviceDecoder:
             return stored
         floor = self._levels[self._floor(packed) + int(self._layout.top_p < 1)]
         return (floor - stored.float() * DRAW_STEP).clamp_min(LOG_ZERO)
+
+    def _known(self, packed: Mapping[str, Tensor], name: str, scored_BT: Tensor) -> Tensor:
+        """Returns a statistic's scored rows, NaN where the cache does not hold it."""
+        if name not in self._layout.missing:
+            return self._statistic(packed[name])[scored_BT]
+        nan = scored_BT.new_full((int(scored_BT.sum()),), float("nan"), dtype=torch.float32)
+        return nan
 
     def _statistic(self, stored: Tensor) -> Tensor:
         return stored if self._statistics is None else self._statistics[stored.long()]

@@ -27,15 +27,18 @@ from stages.options import StoreOptions, TeacherOptions
 from storage import manifest
 from storage.corpus_info import CorpusInfo
 from storage.durable import disk_errors, patiently
-from storage.errors import ConfigError, TeacherError
+from storage.errors import ConfigError, StaleCache, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
 from storage.layout import FORMAT, POOLINGS, Layout
 from storage.remote import Root, require_local
-from storage.writer import owners, require_identity
+from storage.types import Int64
+from storage.writer import is_imported, open_cache, owners, require_same
 
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
+
+LEARNING_TOKENS = 16_384
 
 _LOG_BYTES = 1 << 22  # of the log's end that is read: a rate needs no more
 
@@ -45,7 +48,8 @@ class TeacherJob:
     """One teacher's share of stage one.
 
     Attributes:
-        name, options, folder: the teacher and where its checkpoint lies.
+        name, options: the teacher.
+        model_folder: where its checkpoint lies; None where its cache was imported.
         root: its cache folder.
         identity: what its cache is named by.
         layout: what its cache stores.
@@ -54,12 +58,27 @@ class TeacherJob:
 
     name: str
     options: TeacherOptions
-    folder: Path
+    model_folder: Path | None
     root: Root
     identity: dict[str, Any]
     layout: Layout
     done: tuple[int, ...]
     pending: tuple[int, ...]
+
+    @property
+    def imported(self) -> bool:
+        """Whether the cache was read from another tool's capture: nothing of the model is looked at."""
+        return self.model_folder is None
+
+    @property
+    def folder(self) -> Path:
+        """Where the teacher's checkpoint lies (TeacherError if its cache was imported)."""
+        if self.model_folder is None:
+            raise TeacherError(
+                f"the cache of teacher {self.name!r} was imported: there is no model to load",
+                where=self.root, todo="leave out what needs the model itself",
+            )  # fmt: skip
+        return self.model_folder
 
     @property
     def local_root(self) -> Path:
@@ -104,6 +123,9 @@ def _job(
     root: Root,
     memo: HashMemo,
 ) -> TeacherJob:
+    opened = open_cache(root)
+    if opened is not None and is_imported(opened[0]):
+        return _imported_job(name, options, info, root, *opened)
     key = f"teachers.{name}.model"
     folder = locate(options.model, options.revision, key)
     config = read_config(folder, key)
@@ -116,7 +138,7 @@ def _job(
         temperatures=store.temperatures, feature_layers=options.feature_layers,
         segments=store.segments if options.feature_layers else 1,
         hidden_size=hidden_size(config) if options.feature_layers else 0,
-        generations=_generations(info),
+        generations=generations_of(info),
         pooling=store.pooling if options.feature_layers else POOLINGS[:1],
     )  # fmt: skip
     identity = {
@@ -138,7 +160,19 @@ def _job(
             **({} if layout.pooling == POOLINGS[:1] else {"pooling": list(layout.pooling)}),
         },
     }
-    require_identity(root, identity, layout)
+    if opened is not None:
+        require_same(root, opened[0], identity, layout)
+    return _with_parts(name, options, folder, root, identity, layout)
+
+
+def _with_parts(
+    name: str,
+    options: TeacherOptions,
+    folder: Path | None,
+    root: Root,
+    identity: dict[str, Any],
+    layout: Layout,
+) -> TeacherJob:
     done = manifest.done_parts(root, owners(identity, layout), layout.parts)
     pending = np.setdiff1d(np.arange(layout.parts), done, assume_unique=True)
     return TeacherJob(
@@ -146,7 +180,37 @@ def _job(
     )
 
 
-def _generations(info: CorpusInfo) -> tuple[Generation, ...]:
+def _imported_job(
+    name: str,
+    options: TeacherOptions,
+    info: CorpusInfo,
+    root: Root,
+    identity: dict[str, Any],
+    layout: Layout,
+) -> TeacherJob:
+    """Returns the job of a cache that was imported: it is what it is, whatever `store` asks for.
+
+    Raises:
+        StaleCache: it is of another corpus.
+        ConfigError: features are asked for.
+    """
+    if identity["corpus"] != info.fingerprint:
+        raise StaleCache(
+            f"the imported cache of teacher {name!r} belongs to another corpus", where=root,
+            expected=info.fingerprint[:16], found=identity["corpus"][:16],
+            todo="import a capture of this corpus into another cache_dir, or restore the corpus",
+        )  # fmt: skip
+    if options.feature_layers:
+        raise ConfigError(
+            f"the cache of teacher {name!r} was imported, and no capture holds hidden states",
+            where=f"teachers.{name}.feature_layers", expected=[], found=list(options.feature_layers),
+            todo="leave feature_layers out for this teacher",
+        )  # fmt: skip
+    return _with_parts(name, options, None, root, identity, layout)
+
+
+def generations_of(info: CorpusInfo) -> tuple[Generation, ...]:
+    """Returns the generations as a cache's layout names them: none where there is one."""
     if len(info.generations) == 1:
         return ()
     return tuple(Generation(g.first_part, g.blocks, g.fingerprint) for g in info.generations)
@@ -188,6 +252,18 @@ def _require_fit(
             "the teacher has no such layer", where=f"teachers.{name}.feature_layers",
             expected=f"1 to {layers}", found=wrong, todo="choose existing layers",
         )  # fmt: skip
+
+
+def learning_blocks(layout: Layout) -> Int64:
+    """Returns the blocks from which a cache's orders of ids are learned, evenly over the corpus.
+
+    They are forwarded once more later: an eighth of a small corpus, LEARNING_TOKENS of a large one.
+    Of a corpus that has grown its first generation is taken.
+    """
+    blocks = layout.until(1).blocks
+    tokens = min(LEARNING_TOKENS, blocks * layout.block_length // 8)
+    count = max(1, tokens // layout.block_length)
+    return np.arange(count) * blocks // count
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Shapes: M teachers, R rows (tokens with a target). Weights are ≥ 0 and sum to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -33,11 +33,13 @@ class Weighting:
             it into the target, and an ensemble so weighted cannot be had at inference. "calibration":
             those of some training blocks, once. "": none.
         source: where it comes from.
+        needs: the statistic without which it cannot be had; an imported cache may lack it.
     """
 
     function: Callable[[Evidence, FusionOptions], Tensor]
     gold: Gold
     source: str
+    needs: str = ""
 
 
 def uniform(evidence: Evidence, options: FusionOptions) -> Tensor:
@@ -112,11 +114,13 @@ def single(evidence: Evidence, options: FusionOptions) -> Tensor:
 WEIGHTINGS: dict[str, Weighting] = {
     "uniform": Weighting(uniform, "", "mean of the teachers"),
     "static": Weighting(static, "", "numbers of the user"),
-    "entropy": Weighting(entropy, "", "arXiv 2507.15198"),
+    "entropy": Weighting(entropy, "", "arXiv 2507.15198", "entropy"),
     "max_prob": Weighting(max_prob, "", "arXiv 1610.02136"),
-    "confidence": Weighting(confidence, "token", "CA-MKD, arXiv 2201.00007"),
-    "min_ce": Weighting(min_ce, "token", "FuseLLM, arXiv 2401.10491"),
-    "em": Weighting(em, "calibration", "deleted interpolation, Jelinek and Mercer 1980"),
+    "confidence": Weighting(confidence, "token", "CA-MKD, arXiv 2201.00007", "gold_logprob"),
+    "min_ce": Weighting(min_ce, "token", "FuseLLM, arXiv 2401.10491", "gold_logprob"),
+    "em": Weighting(
+        em, "calibration", "deleted interpolation, Jelinek and Mercer 1980", "gold_logprob"
+    ),
     SINGLE: Weighting(single, "", "one teacher alone"),
 }
 """fusion.weights, without a teacher's name → what it is."""
@@ -144,6 +148,12 @@ def looks_at_gold(weights: str) -> Gold:
         ValueError: there is no such weighting.
     """
     return WEIGHTINGS[parsed(weights)[0]].gold
+
+
+def possible(missing: Collection[str]) -> str:
+    """Returns the weightings that need none of the missing statistics, for messages."""
+    names = [name for name, one in WEIGHTINGS.items() if not one.needs or one.needs not in missing]
+    return ", ".join(f"{name}:NAME" if name == SINGLE else name for name in names)
 
 
 def weigh(evidence: Evidence, options: FusionOptions) -> Tensor:

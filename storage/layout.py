@@ -30,6 +30,8 @@ FORMAT = 2
 GROUP = "notes.zarr"
 POOLINGS = ("mean", "last")
 """What a segment's features may be, in the order in which a layout names them."""
+OPTIONAL = ("entropy", "gold_logprob")
+"""Statistics that another tool's capture may not tell; every teacher that we run tells them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Layout:
         seed: of the draws.
         generations: of a corpus that has grown; () is all blocks at one time.
         pooling: which of POOLINGS are stored of each segment, in their order.
+        missing: which of OPTIONAL are not stored; of imported caches alone.
+        bounds: which of OPTIONAL are lower bounds and not the figures themselves; the same.
     """
 
     blocks: int
@@ -87,6 +91,8 @@ class Layout:
     seed: int = 0
     generations: tuple[Generation, ...] = ()
     pooling: tuple[str, ...] = POOLINGS[:1]
+    missing: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
 
     @property
     def codecs(self) -> Preset:
@@ -143,7 +149,8 @@ class Layout:
         if self.draws_tempered:
             specs["draw_logprobs"] = self._per_token(logprobs, ("draw", self.draws))
         for name in ("entropy", "log_tail_mass", "gold_logprob"):
-            specs[name] = self._per_token(statistic)
+            if name not in self.missing:
+                specs[name] = self._per_token(statistic)
         if self.temperatures:
             specs["log_z"] = self._per_token(statistic, ("temperature", len(self.temperatures)))
         if self.feature_layers:
@@ -202,11 +209,10 @@ class Layout:
         return total / self.block_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values. Means alone go unsaid, as in caches older than the choice."""
+        """Returns JSON values. What older caches could not say goes unsaid where it is as with them."""
         fields = asdict(self)
-        if self.pooling == POOLINGS[:1]:
-            del fields["pooling"]
-        return fields
+        usual = {"pooling": POOLINGS[:1], "missing": (), "bounds": ()}
+        return {k: v for k, v in fields.items() if k not in usual or v != usual[k]}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Layout:

@@ -74,7 +74,8 @@ def _encode_block(
     if layout.draws:
         _encode_draws(layout, orders, notes, classes, scored, out)
     for name in STATISTICS[:3]:
-        out[name][scored] = statistics.encode(np.abs(getattr(notes, name)))
+        if name not in layout.missing:
+            out[name][scored] = statistics.encode(np.abs(getattr(notes, name)))
     if layout.temperatures:
         _put(out["log_z"], scored, statistics.encode(np.abs(notes.log_z)))
 
@@ -206,18 +207,21 @@ class NotesDecoder:
         return TailDraws(ids, logprobs.swapaxes(1, 2))
 
     def stats(self, arrays: Mapping[str, AnyArray]) -> TokenStats:
-        """Returns the statistics with their signs."""
+        """Returns the statistics with their signs; NaN for those that the cache does not hold."""
         decode, grid = self._layout.codecs.statistics.decode, self._layout.temperatures
-        count, length = arrays["entropy"].shape
+        count, length = arrays["log_tail_mass"].shape
         log_z = np.empty((count, len(grid), length), np.float32)
         for i, temperature in enumerate(grid):  # Σ p^(1/τ) is above 1 for τ > 1 and below for τ < 1
             np.multiply(
                 decode(arrays["log_z"][:, i]), 1.0 if temperature >= 1 else -1.0, out=log_z[:, i]
             )
-        return TokenStats(
-            decode(arrays["entropy"]), -decode(arrays["log_tail_mass"]),
-            -decode(arrays["gold_logprob"]), log_z.swapaxes(1, 2),
-        )  # fmt: skip
+        entropy, gold = (
+            np.full((count, length), np.nan, np.float32)
+            if name in self._layout.missing
+            else decode(arrays[name])
+            for name in ("entropy", "gold_logprob")
+        )
+        return TokenStats(entropy, -decode(arrays["log_tail_mass"]), -gold, log_z.swapaxes(1, 2))
 
     def _ids_of(self, gaps: AnyArray, classes: AnyArray) -> Int32:
         """Returns ids int32 [N, K, T] of gaps [N, K, T], which become ranks."""

@@ -38,6 +38,7 @@ from storage.types import (
 from storage.writer import open_cache, owners
 
 _LEAST_OPEN, _MOST_OPEN = 16, 1 << 16  # shards of a reader, descriptors of a process
+_BOUND = {"entropy": ", or import again with --entropy lower-bound"}
 _MANIFESTS = 4096  # that it remembers: a few kB each
 
 
@@ -96,6 +97,23 @@ class CacheReader:
         self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._pid = os.getpid()
         _READERS.add(self)
+
+    def require(self, statistic: str, where: str, todo: str) -> None:
+        """Refuses a cache that does not hold a statistic: an imported one may lack some.
+
+        Args:
+            statistic: one of layout.OPTIONAL, or "".
+            where, todo: of the message: what needs it, and what is possible.
+
+        Raises:
+            ConfigError
+        """
+        if statistic in self.layout.missing:
+            raise ConfigError(
+                f"the imported cache of teacher {self.name!r} does not hold {statistic}", where=where,
+                found=f"missing: {', '.join(self.layout.missing)}",
+                todo=todo + _BOUND.get(statistic, ""),
+            )  # fmt: skip
 
     def array(self, name: str, block_ids: Int64) -> AnyArray:
         """Returns one array's blocks as stored (encoded), [n, …], in the order asked for.

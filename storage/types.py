@@ -123,9 +123,11 @@ class TokenStats:
     says (`balanced`: to 2^−10 nats).
 
     Attributes:
-        entropy: float32 [N, T], nats.
+        entropy: float32 [N, T], nats; of an imported cache maybe a lower bound (Layout.bounds), or NaN
+            where it is not known (Layout.missing).
         log_tail_mass: float32 [N, T], log of the mass outside the K stored entries.
-        gold_logprob: float32 [N, T], logprob of the next token; 0 where the row has no target.
+        gold_logprob: float32 [N, T], logprob of the next token; 0 where the row has no target, NaN where
+            it is not known (Layout.missing).
         log_z: float32 [N, T, Z], log Σ_v p_v^(1/τ) for each τ of the cache's grid: a stored
             logprob ℓ becomes ℓ/τ − log_z at temperature τ, exactly.
     """

@@ -35,6 +35,8 @@ from storage.tables import carried_orders, digest, load_orders, save_spares
 from storage.types import AnyArray
 
 LOCK = ".commit.lock"
+IMPORTED = "imported"
+"""An identity's `origin` where it has one."""
 
 
 def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
@@ -54,6 +56,11 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
             found=f"format {body['format']}", todo="cache this teacher again in another folder",
         )  # fmt: skip
     return body["identity"], Layout.from_dict(body["layout"])
+
+
+def is_imported(identity: Mapping[str, Any]) -> bool:
+    """Returns whether a cache was read from another tool's capture: no teacher can go on with it."""
+    return identity.get("origin") == IMPORTED
 
 
 def owners(identity: Mapping[str, Any], layout: Layout) -> manifest.Owners:
@@ -79,14 +86,25 @@ def require_identity(root: Root, identity: Mapping[str, Any], layout: Layout) ->
     opened = open_cache(root)
     if opened is None:
         return False
-    if fingerprint(opened[0]) not in owners(identity, layout).fingerprints:
-        expected, found = describe_differences(identity, opened[0])
+    require_same(root, opened[0], identity, layout)
+    return True
+
+
+def require_same(
+    root: Root, found_identity: Mapping[str, Any], identity: Mapping[str, Any], layout: Layout
+) -> None:
+    """Refuses the identity that a cache was found to have, as `require_identity` does.
+
+    Raises:
+        StaleCache
+    """
+    if fingerprint(found_identity) not in owners(identity, layout).fingerprints:
+        expected, found = describe_differences(identity, found_identity)
         raise StaleCache(
             "the cache was made from something else", where=root, expected=expected, found=found,
             todo="restore what it was made from, or name another cache_dir, "
             "or delete this folder to cache the teacher again",
         )  # fmt: skip
-    return True
 
 
 class CacheWriter:

@@ -41,7 +41,7 @@
       text.replaceChildren(...state.spans);
       colour();
       // The first row that has a target, so that the panel is not empty.
-      const first = (state.passage.fused ?? {}).ce?.findIndex((ce) => ce !== null) ?? 0;
+      const first = (state.passage.fused ?? {}).candidates?.findIndex((ids) => ids !== null) ?? 0;
       go(Math.max(first, 0) + 1);
     }
 
@@ -179,7 +179,7 @@
     const gold = passage.text[index];
     heading.replaceChildren("token ", shown(data.pieces[gold]));
     if (index) heading.append(` after `, shown(data.pieces[passage.text[index - 1]]));
-    if (!known || known.ce[index - 1] === null) {
+    if (!known || known.candidates[index - 1] === null) {
       heading.append(": no target, so nothing was asked of the models here");
       cards.replaceChildren();
       return;
@@ -198,7 +198,11 @@
   function oneCard([label, colour], columns, t, gold, pieces) {
     const card = element("div", "", "card");
     card.style.setProperty("--hue", `var(--${colour})`);
-    const facts = [`p(token) ${short(Math.exp(-columns.ce[t]))}`, `entropy ${columns.entropy[t].toFixed(2)} nats`];
+    const [ce, entropy] = [columns.ce[t], columns.entropy[t]]; // null: an imported cache does not tell
+    const facts = [
+      `p(token) ${ce === null ? "–" : short(Math.exp(-ce))}`,
+      `entropy ${entropy === null ? "–" : entropy.toFixed(2)} nats`,
+    ];
     if (columns.weight) facts[0] += ` · weight ${columns.weight[t].toFixed(2)}`;
     const list = element("ol");
     columns.candidates[t].forEach((piece, i) => {

@@ -64,7 +64,10 @@ class Reader:
         """Returns ids, logprobs [K, T], draws [S, T], statistics [T], log_z [Z, T], features."""
         self.check(block)
         stored = {name: a[block] for name, a in self.arrays.arrays() if name not in TABLES}
-        notes = {name: self.statistic(stored[name]) * sign for name, sign in SIGNS.items()}
+        missing = self.layout.get("missing", [])
+        notes = {
+            n: self.statistic(stored[n]) * sign for n, sign in SIGNS.items() if n not in missing
+        }
         if "log_z" in stored:
             signs = np.array([1 if tau >= 1 else -1 for tau in self.layout["temperatures"]])
             notes["log_z"] = self.statistic(stored["log_z"]) * signs[:, None]

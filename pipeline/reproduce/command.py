@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.command_options import run_options
+from pipeline.commands.options import run_options
 
 if TYPE_CHECKING:
     from pipeline.console import Console

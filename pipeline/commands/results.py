@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.commands.options import json_option, open_workspace, run_options
 
 
 def _named_folders(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.command_options import common_options, json_option
+from pipeline.commands.options import common_options, json_option
 from storage.errors import ConfigError, IncompleteCache
 from storage.remote import require_local
 

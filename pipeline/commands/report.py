@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.command_options import common_options
+from pipeline.commands.options import common_options
 from storage.errors import ConfigError, IncompleteCache
 
 _ONE, _SEVERAL = "RUN/report", "report"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.command_options import open_workspace, run_options
+from pipeline.commands.options import open_workspace, run_options
 from storage.errors import ScholiastError
 
 if TYPE_CHECKING:

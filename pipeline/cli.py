@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from pipeline.commands.completion import completion
 from pipeline.commands.data import append, cache_teachers, prepare, push
-from pipeline.commands.group import ScholiastGroup
+from pipeline.commands.group import EPILOG, ScholiastGroup
 from pipeline.commands.launch import launch
 from pipeline.commands.options import json_option, open_workspace, run_options
 from pipeline.commands.report import report
@@ -19,7 +20,9 @@ from pipeline.commands.students import export, train_student
 from pipeline.reproduce.command import reproduce
 
 
-@click.group(cls=ScholiastGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=ScholiastGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG
+)
 @click.version_option(package_name="scholiast", message="scholiast %(version)s")
 def main() -> None:
     """Distil several teachers into one small student, one model in memory at a time.
@@ -105,7 +108,7 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
 
 for _command in (
     prepare, cache_teachers, append, train_student, export, push, evaluate, generate, report, verify,
-    repair, inspect, launch, reproduce,
+    repair, inspect, launch, reproduce, completion,
 ):  # fmt: skip
     main.add_command(_command)
 

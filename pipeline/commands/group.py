@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from storage.errors import ScholiastError, Stopped
+from storage.errors import ConfigError, ScholiastError, Stopped
 
 INTERRUPTED = 130
+EXIT_CODES: Final = {
+    0: "done",
+    1: "failure; of verify and repair: something is bad",
+    ConfigError.exit_code: "usage: a wrong option, key or value",
+    Stopped.exit_code: "stopped by SIGTERM or SIGUSR1, all saved: run it again",
+    INTERRUPTED: "interrupted (Ctrl-C): run it again to go on",
+}
+"""What each exit code means; 128 + N, from a shell, is that signal N killed the process."""
+EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
+    f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()
+)
 MOST_FILES = 65_536
 
 

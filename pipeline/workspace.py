@@ -49,6 +49,7 @@ class Workspace(CacheWorkspace):
         """Returns the trainings that the configuration asks for: the fused student, the baseline."""
         import torch
 
+        from pipeline.model_card import model_card
         from stages.run import Run
 
         config = self.config
@@ -66,6 +67,7 @@ class Workspace(CacheWorkspace):
                 config.run / "students" / name, student_identity(self, name, loss, info, jobs),
                 config.train,
                 loss, train, heldout, getattr(torch, dtype), config.student.lora,
+                partial(model_card, self, name, loss, info, jobs),
             )
             for name, loss in losses.items()
         }  # fmt: skip
@@ -218,7 +220,8 @@ class Workspace(CacheWorkspace):
     # -- evaluation
 
     def evaluate(self, models: Mapping[str, Path] | None = None) -> dict[str, Any]:
-        """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json.
+        """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json, and
+        the figures into the students' model cards.
 
         Args:
             models: further students, name → folder of an exported model.
@@ -233,9 +236,22 @@ class Workspace(CacheWorkspace):
         from pipeline.evaluation import evaluate
 
         result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs, models)}
+        students = {name: fingerprint(run.identity) for name, run in runs.items()}
+        result["fingerprints"]["students"] = students
         path = self.config.run / "evaluation.json"
         durable.write_bytes(path, json.dumps(result, indent=1).encode())
+        self._refresh_cards(runs)
         return result
+
+    def _refresh_cards(self, runs: Mapping[str, Run]) -> None:
+        from pipeline.model_card import FILE, refresh
+
+        for run in runs.values():
+            if run.card is not None and not refresh(run.model_folder, run.card):
+                self.progress.say(
+                    f"{run.model_folder / FILE} was edited by hand and stays as it is; "
+                    "delete it and evaluate again for one with these figures"
+                )
 
     def measurable(
         self, models: Mapping[str, Path]

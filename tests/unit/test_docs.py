@@ -32,7 +32,7 @@ def test_every_command_is_described_with_an_example() -> None:
             assert f"Example: scholiast {name} {inner} " in (one.help or "")
         if hasattr(command, "commands"):
             continue
-        assert any(f"`scholiast {name} {what}" in text for what in ("CONFIG", "CACHE", "RUN"))
+        assert any(f"`scholiast {name} {what}" in text for what in ("CONFIG", "CACHE", "RUN", "SHELL"))
         assert f"Example: scholiast {name} " in (command.help or "")
 
 
@@ -54,3 +54,6 @@ def test_every_file_of_a_room_is_in_its_readme() -> None:
         text = (TOP / room / "README.md").read_text()
         for path in (TOP / room).glob("*.py"):
             assert path.name == "__init__.py" or f"`{path.name}`" in text, path
+    text = (TOP / "pipeline/README.md").read_text()
+    for path in (TOP / "pipeline/commands").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in text, path

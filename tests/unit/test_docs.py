@@ -32,7 +32,9 @@ def test_every_command_is_described_with_an_example() -> None:
             assert f"Example: scholiast {name} {inner} " in (one.help or "")
         if hasattr(command, "commands"):
             continue
-        assert any(f"`scholiast {name} {what}" in text for what in ("CONFIG", "CACHE", "RUN", "SHELL"))
+        assert any(
+            f"`scholiast {name} {what}" in text for what in ("CONFIG", "CACHE", "RUN", "SHELL")
+        )
         assert f"Example: scholiast {name} " in (command.help or "")
 
 

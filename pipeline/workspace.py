@@ -49,6 +49,7 @@ class Workspace(CacheWorkspace):
         """Returns the trainings that the configuration asks for: the fused student, the baseline."""
         import torch
 
+        from pipeline.model_card import model_card
         from stages.run import Run
 
         config = self.config
@@ -66,6 +67,7 @@ class Workspace(CacheWorkspace):
                 config.run / "students" / name, student_identity(self, name, loss, info, jobs),
                 config.train,
                 loss, train, heldout, getattr(torch, dtype), config.student.lora,
+                partial(model_card, self, name, loss, info, jobs),
             )
             for name, loss in losses.items()
         }  # fmt: skip
@@ -155,6 +157,20 @@ class Workspace(CacheWorkspace):
         import torch
 
         self.ensure_assets()
+        run, step = self.exportable(student, step, folder)
+        self._setup_torch()
+        from stages.export import export_checkpoint
+        from stages.student import build_student
+
+        model = build_student(self.config.student, self.student_folder(), torch.device("cpu"))
+        return export_checkpoint(run, model, self._student_tokenizer(), step, folder)
+
+    def exportable(self, student: str, step: int | None, folder: Path) -> tuple[Run, int]:
+        """Returns the training and the step of the checkpoint that an export would save.
+
+        Raises:
+            CheckpointError, ConfigError: as `export`.
+        """
         runs = self.runs(*self.finished_jobs())
         if student not in runs:
             raise ConfigError(
@@ -165,12 +181,10 @@ class Workspace(CacheWorkspace):
             raise ConfigError(
                 "the folder is there already", where=folder, todo="name one that is not there yet"
             )
-        self._setup_torch()
-        from stages.export import export_checkpoint
-        from stages.student import build_student
+        from stages.checkpoint import checkpoint_of
 
-        model = build_student(self.config.student, self.student_folder(), torch.device("cpu"))
-        return export_checkpoint(runs[student], model, self._student_tokenizer(), step, folder)
+        _, facts = checkpoint_of(runs[student].folder / "checkpoints", step)
+        return runs[student], int(facts["step"])
 
     def heldout_reader(self) -> BatchReader:
         """Returns a reader of what held-out figures are measured against.
@@ -206,7 +220,8 @@ class Workspace(CacheWorkspace):
     # -- evaluation
 
     def evaluate(self, models: Mapping[str, Path] | None = None) -> dict[str, Any]:
-        """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json.
+        """Measures teachers, ensemble and students on the held-out blocks; writes evaluation.json, and
+        the figures into the students' model cards.
 
         Args:
             models: further students, name → folder of an exported model.
@@ -216,9 +231,39 @@ class Workspace(CacheWorkspace):
             ConfigError, VocabularyMismatch, TeacherError: a further student cannot be measured.
         """
         self.ensure_assets()
+        models = models or {}
+        info, jobs, runs = self.measurable(models)
+        from pipeline.evaluation import evaluate
+
+        result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs, models)}
+        students = {name: fingerprint(run.identity) for name, run in runs.items()}
+        result["fingerprints"]["students"] = students
+        path = self.config.run / "evaluation.json"
+        durable.write_bytes(path, json.dumps(result, indent=1).encode())
+        self._refresh_cards(runs)
+        return result
+
+    def _refresh_cards(self, runs: Mapping[str, Run]) -> None:
+        from pipeline.model_card import FILE, refresh
+
+        for run in runs.values():
+            if run.card is not None and not refresh(run.model_folder, run.card):
+                self.progress.say(
+                    f"{run.model_folder / FILE} was edited by hand and stays as it is; "
+                    "delete it and evaluate again for one with these figures"
+                )
+
+    def measurable(
+        self, models: Mapping[str, Path]
+    ) -> tuple[CorpusInfo, list[TeacherJob], dict[str, Run]]:
+        """Returns corpus, jobs and trainings if all that `evaluate` reads is there.
+
+        Raises:
+            IncompleteCache, ConfigError, VocabularyMismatch, TeacherError: as `evaluate`.
+        """
         info, jobs = self.finished_jobs()
         self._setup_torch()
-        from pipeline.evaluation import evaluate, require_models
+        from pipeline.evaluation import require_models
         from stages.run import finished
 
         runs = self.runs(info, jobs)
@@ -228,12 +273,8 @@ class Workspace(CacheWorkspace):
                     f"the student {name!r} has not been trained", where=run.model_folder,
                     todo="run `scholiast train-student` with this configuration first",
                 )  # fmt: skip
-        models = models or {}
         require_models(self, models, [*runs, *self.config.teachers])
-        result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs, models)}
-        path = self.config.run / "evaluation.json"
-        durable.write_bytes(path, json.dumps(result, indent=1).encode())
-        return result
+        return info, jobs, runs
 
     def provenance(self, info: CorpusInfo, jobs: list[TeacherJob]) -> dict[str, Any]:
         """Returns what the figures belong to: fingerprints, versions, configuration."""

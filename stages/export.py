@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ def export(
     dtype: torch.dtype,
     folder: Path,
     facts: dict[str, Any],
+    card: Callable[[Path], str] | None = None,
 ) -> None:
-    """Saves safetensors, tokenizer and generation config.
+    """Saves safetensors, tokenizer, generation config and model card, all or nothing.
 
     Args:
         model: whose configuration is saved; it is left as it is.
         state: its weights, whole and on the CPU, without adapters.
         dtype: of the saved weights.
         facts: provenance, kept beside it as scholiast.json; its presence tells a finished export.
+        card: gives README.md, asked once the rest is written.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,6 +47,8 @@ def export(
             model.save_pretrained(temporary, state_dict=saved)
             tokenizer.save_pretrained(temporary)
             (temporary / "scholiast.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
+            if card is not None:
+                (temporary / "README.md").write_text(card(temporary), encoding="utf-8")
             durable.replace_folder(temporary, folder)
     finally:
         model.config.dtype = before
@@ -65,5 +70,5 @@ def export_checkpoint(run: Run, model: Any, tokenizer: Any, step: int | None, fo
     load_checkpoint(source, facts, state, Ranks(torch.device("cpu")))
     whole = model.state_dict() if run.lora is None else merged(model.state_dict(), run.lora)
     told = {"identity": run.identity, "steps": facts["step"]}
-    export(model, whole, tokenizer, run.dtype, folder, told)
+    export(model, whole, tokenizer, run.dtype, folder, told, run.card)
     return int(facts["step"])

@@ -42,6 +42,7 @@ def locate(model: str, revision: str | None, key: str, *, weights: bool = True) 
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    patterns += ["README.md", "LICEN[SC]E*", "COPYING*"]  # for the student's model card
     try:
         return Path(
             snapshot_download(

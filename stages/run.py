@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Run:
         heldout_blocks: int64 block ids.
         dtype: of the exported weights.
         lora: the adapters that are merged at export, if there are any.
+        card: gives the model card of what was saved in a folder, to stand beside it.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Run:
     heldout_blocks: Int64
     dtype: torch.dtype
     lora: LoraOptions | None = None
+    card: Callable[[Path], str] | None = None
 
     @property
     def model_folder(self) -> Path:

@@ -249,7 +249,9 @@ class Trainer:
 
         def write() -> None:
             whole = state if run.lora is None else merged(state, run.lora)
-            export(self.student.model, whole, self.tokenizer, run.dtype, run.model_folder, facts)
+            export(
+                self.student.model, whole, self.tokenizer, run.dtype, run.model_folder, facts, run.card
+            )  # fmt: skip
 
         self.ranks.on_first(write)
 

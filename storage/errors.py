@@ -1,6 +1,12 @@
-"""Errors a user can meet. Each says what is wrong, where, which two values disagree, and what to do."""
+"""Errors a user can meet. Each says what is wrong, where, which two values disagree, and what to do.
+
+Each class says what brings it about (`cause`) and what to do (`remedy`): pipeline/ERRORS.md is made of
+these by `python -m pipeline.error_catalogue`, with a message of each that was really provoked.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class ScholiastError(Exception):
@@ -12,9 +18,19 @@ class ScholiastError(Exception):
         expected: the value that was required, if two values disagree.
         found: the value that stands in its way.
         todo: what to do now.
+
+    Attributes:
+        cause, remedy: of errors of this class, for the catalogue.
+        exit_code: the process's.
     """
 
     exit_code = 1
+    cause: ClassVar[str] = (
+        "Something outside failed: the scheduler, a task of a pool, a process of the same training."
+    )
+    remedy: ClassVar[str] = (
+        "Read what it said, mend it, and run the same command again: what is finished is kept."
+    )
 
     def __init__(
         self,
@@ -42,38 +58,108 @@ class ConfigError(ScholiastError):
     """The configuration or the command line is wrong (exit code 2: usage)."""
 
     exit_code = 2
+    cause: ClassVar[str] = (
+        "A key is unknown or missing, a value is out of its bounds, two keys contradict each "
+        "other, or an option names what is not there."
+    )
+    remedy: ClassVar[str] = (
+        "Mend the key or option named; the reference in pipeline/README.md and "
+        "configs/schema.json say what is valid."
+    )
 
 
 class CorpusError(ScholiastError):
     """The corpus is missing, unreadable, empty, or cannot be cut as asked."""
 
+    cause: ClassVar[str] = (
+        "A source has no files, no such column or no text, the tokenizer cannot end documents, "
+        "or no block is left to train on."
+    )
+    remedy: ClassVar[str] = (
+        "Mend the source named (path, format, text_field), or choose a smaller corpus.block_length."
+    )
+
 
 class TeacherError(ScholiastError):
     """A model cannot be loaded, or does not do what a teacher must do."""
+
+    cause: ClassVar[str] = (
+        "A folder or hub name is wrong, the hub cannot be reached, weights are not safetensors, "
+        "or the model's head or attention is not what a teacher's must be."
+    )
+    remedy: ClassVar[str] = (
+        "Give the folder of a transformers checkpoint with its tokenizer, or a hub name that "
+        "can be reached."
+    )
 
 
 class NonFiniteLogits(TeacherError):
     """A teacher returned NaN or infinite logits."""
 
+    cause: ClassVar[str] = (
+        "The weights are damaged, or the model overflows in its data type (often float16, some "
+        "models in bfloat16)."
+    )
+    remedy: ClassVar[str] = (
+        "Set teachers.NAME.dtype: float32; if that does not help, fetch or make the checkpoint "
+        "again."
+    )
+
 
 class VocabularyMismatch(ScholiastError):
     """Two models that must share a tokenizer do not."""
+
+    cause: ClassVar[str] = (
+        "Ids mean other tokens to one model than to another, or the same text is cut differently."
+    )
+    remedy: ClassVar[str] = (
+        "Use teachers and a student of one tokenizer family; vocabularies that are only padded "
+        "differently are fine."
+    )
 
 
 class StaleCache(ScholiastError):
     """What lies on disk was made from something else."""
 
+    cause: ClassVar[str] = (
+        "Corpus, tokenizer, teacher or what is stored was changed after the cache was begun."
+    )
+    remedy: ClassVar[str] = (
+        "Restore what it was made from, or name another folder, or delete it to make it anew; "
+        "for sources added at the end, run `scholiast append`."
+    )
+
 
 class IncompleteCache(ScholiastError):
     """An earlier step has not been finished."""
+
+    cause: ClassVar[str] = (
+        "A command needs what an earlier one makes, and that one was not run, or was stopped "
+        "before its end."
+    )
+    remedy: ClassVar[str] = (
+        "Run the command named, with the same configuration; it goes on where it stopped."
+    )
 
 
 class MissingShard(ScholiastError):
     """A manifest vouches for a file that is not there."""
 
+    cause: ClassVar[str] = "A file was deleted, or a copy did not take it along."
+    remedy: ClassVar[str] = (
+        "Run `scholiast repair`, then the command that made it: just those parts are made "
+        "again. Of a store: `scholiast push --verify`."
+    )
+
 
 class CorruptShard(ScholiastError):
     """A file's bytes are not those that were written."""
+
+    cause: ClassVar[str] = "A disk, a copy or an editor has changed bytes."
+    remedy: ClassVar[str] = (
+        "Run `scholiast verify` to see what is bad and `scholiast repair` to drop it, then the "
+        "command that made it."
+    )
 
 
 def unreadable(what: str, error: OSError, where: object, todo: str = "") -> CorruptShard:
@@ -85,17 +171,48 @@ def unreadable(what: str, error: OSError, where: object, todo: str = "") -> Corr
 class DiskFull(ScholiastError):
     """Too little free space, before or during a write."""
 
+    cause: ClassVar[str] = (
+        "The device or a quota is exhausted, or would be before the work is done."
+    )
+    remedy: ClassVar[str] = (
+        "Free some space, or name a folder on another disk, and run the same command again: "
+        "finished parts are kept."
+    )
+
 
 class FailingFolder(ScholiastError):
     """A folder gave the errors of a failing or restarting file system, again and again."""
+
+    cause: ClassVar[str] = "A file server restarts or is gone, or a disk fails."
+    remedy: ClassVar[str] = (
+        "Mend the mount and run the same command again: finished parts are kept."
+    )
 
 
 class RemoteError(ScholiastError):
     """A remote store cannot be reached, or refuses us."""
 
+    cause: ClassVar[str] = (
+        "No network, a wrong endpoint, bucket or repository name, or credentials that do not "
+        "reach so far."
+    )
+    remedy: ClassVar[str] = (
+        "Check the network, the name and the credentials (AWS_… for a store, HF_TOKEN for the "
+        "hub), and run the same command again."
+    )
+
 
 class CheckpointError(ScholiastError):
     """A training checkpoint cannot be used by this run."""
+
+    cause: ClassVar[str] = (
+        "The folder holds the training of another configuration, another training is at work "
+        "there, a checkpoint is damaged, or the one asked for is not kept."
+    )
+    remedy: ClassVar[str] = (
+        "Restore the settings or name another run_dir; name a checkpoint that is there; a "
+        "damaged one may be deleted."
+    )
 
 
 class OtherRank(ScholiastError):
@@ -107,6 +224,11 @@ class OtherRank(ScholiastError):
         exit_code: that error's.
     """
 
+    cause: ClassVar[str] = (
+        "One process of a training met an error; all end, so that none waits for ever."
+    )
+    remedy: ClassVar[str] = "Mend what that rank says and run the same command again."
+
     def __init__(self, rank: int, text: str, exit_code: int = 1) -> None:
         super().__init__(f"rank {rank} failed: {text}")
         self.exit_code = exit_code
@@ -116,3 +238,9 @@ class Stopped(ScholiastError):
     """A signal ended the work; what is finished is saved (exit code 75: run it again)."""
 
     exit_code = 75
+    cause: ClassVar[str] = (
+        "The process was told to end (SIGTERM, SIGUSR1) by a scheduler, torchrun or a person."
+    )
+    remedy: ClassVar[str] = (
+        "Run the same command again: it goes on where it stopped. Schedulers do so on exit code 75."
+    )

@@ -41,10 +41,14 @@ def file_sha256(path: Path) -> str:
 class HashMemo:
     """Remembers sha256 by (path, size, mtime, inode), as git's index does, so that asking for the
     state of three 7B teachers does not read 45 GB each time. The identity itself stays the content's.
+
+    Args:
+        path: the file that remembers.
+        keep: whether what is new is written there; without it nothing is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, keep: bool = True) -> None:
+        self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = {}
         # A memo that cannot be read costs a second hashing, nothing else.
         with contextlib.suppress(OSError, ValueError):
@@ -60,7 +64,8 @@ class HashMemo:
             return str(entry[3])
         digest = file_sha256(real)
         self._known[str(real)] = [*key, digest]
-        durable.write_bytes(self._path, json.dumps(self._known).encode())
+        if self._keep:
+            durable.write_bytes(self._path, json.dumps(self._known).encode())
         return digest
 
 

@@ -29,7 +29,7 @@ _THREADS = 8
 
 def push(
     root: Path, owners: manifest.Owners, parts: int, target: RemotePath, tell: Callable[[int], None],
-    verify: bool = False,
+    verify: bool = False, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Copies a corpus or a cache; returns the bytes sent.
 
@@ -39,13 +39,14 @@ def push(
         target: where to.
         tell: called after each part with its bytes, sent or skipped.
         verify: also read what stands in the store, and send again what has other bytes.
+        dry_run: send nothing; returns the bytes that would be sent (local bytes are then not read).
 
     Raises:
         MissingShard, CorruptShard: a local file is not what its manifest vouches for; a cache's orders
             of ids or its Zarr metadata are damaged.
         RemoteError, ConfigError: of the store.
     """
-    orders, copy = _require_sound(root), _Copy(root, target, target.sizes(), verify)
+    orders, copy = _require_sound(root), _Copy(root, target, target.sizes(), verify, dry_run)
     listed = manifest.parse_names(
         name.removeprefix("manifests/") for name in copy.sizes if name.startswith("manifests/")
     )
@@ -59,8 +60,7 @@ def push(
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
     for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
-            (target / name).write(root / name)
-            sent += (root / name).stat().st_size
+            sent += copy.put(name)
     return sent
 
 
@@ -72,12 +72,14 @@ class _Copy:
         root, target: from where, to where.
         sizes: bytes of what the store has, by path below the target.
         verify: whether bytes are compared as well.
+        dry_run: whether nothing is sent.
     """
 
     root: Path
     target: RemotePath
     sizes: dict[str, int]
     verify: bool
+    dry_run: bool
 
     def stands(self, name: str, size: int, sha256: str, vouched: bool) -> bool:
         """Returns whether the store has an object as its manifest states it.
@@ -94,9 +96,16 @@ class _Copy:
         """Sends one object unless it stands; returns the bytes sent."""
         if self.stands(name, size, sha256, vouched):
             return 0
+        if self.dry_run:
+            return size
         _require_whole(self.root / name, size, sha256)
-        (self.target / name).write(self.root / name)
-        return size
+        return self.put(name)
+
+    def put(self, name: str) -> int:
+        """Sends a file, whatever stands there; returns its bytes."""
+        if not self.dry_run:
+            (self.target / name).write(self.root / name)
+        return (self.root / name).stat().st_size
 
 
 def _push_part(
@@ -118,10 +127,7 @@ def _push_part(
         return copy.send(item[0], *item[1], same)
 
     sent = sum(pool.map(send, vouched.objects.items()))
-    if same:
-        return sent
-    (copy.target / name).write(path)
-    return sent + len(own)
+    return sent if same else sent + copy.put(name)
 
 
 _TODO = "run `scholiast verify`, mend what it finds, and push again"

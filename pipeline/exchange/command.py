@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.command_options import (
+from pipeline.commands.options import (
     common_options,
     json_option,
     open_workspace,
@@ -96,7 +96,8 @@ def _show(result: dict[str, Any], console: Any) -> None:
 
 
 @click.command("export-cache")
-@click.option("--format", "kind", required=True, type=click.Choice(["parquet", "topk-jsonl"]))
+@click.option("--format", "kind", required=True, type=click.Choice(["parquet", "topk-jsonl"]),
+              help="What the files are.")  # fmt: skip
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME",
               help="This teacher's cache alone. Repeatable.")  # fmt: skip
 @click.option("--corpus", type=click.Path(file_okay=False, path_type=Path),
@@ -118,7 +119,7 @@ def export_cache(
     Example: scholiast export-cache my.yaml exported --format parquet
       scholiast export-cache runs/mine exported --format topk-jsonl --teacher code
     """
-    from pipeline.cache_commands import find_target, open_console
+    from pipeline.commands.stores import find_target, open_console
     from pipeline.console import human_bytes
     from pipeline.exchange.exporting import export_all
 

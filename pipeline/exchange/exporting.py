@@ -24,7 +24,7 @@ from storage.stores import CACHE, kind_of
 from storage.writer import owners
 
 if TYPE_CHECKING:
-    from pipeline.cache_commands import Target
+    from pipeline.commands.stores import Target
 
 VERSION = 1
 """Of the columns and keys that an export has."""

@@ -63,10 +63,19 @@ def run_pool(work: Workspace, call: Call, workers: int) -> None:
     for code, (_, path) in zip(codes, pool, strict=True):
         with path.open("a") as log:  # as batch scripts do, for `status`
             log.write(f"{END} code={code if code >= 0 else 128 - code}\n")
-    _require_success(codes, [path for _, path in pool], bool(told))
+    require_success(codes, [path for _, path in pool], bool(told))
 
 
-def _require_success(codes: list[int], logs: list[Path], told: bool) -> None:
+def require_success(codes: list[int], logs: list[Path], told: bool) -> None:
+    """Raises what a pool came to, if it is not the end of all work.
+
+    Args:
+        codes, logs: of each task, its exit code and where its output went.
+        told: whether the pool was told to stop.
+
+    Raises:
+        ScholiastError, Stopped
+    """
     bad = [(code, path) for code, path in zip(codes, logs, strict=True) if code]
     if told or (bad and all(code == Stopped.exit_code for code, _ in bad)):
         raise Stopped(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.command_options import run_options
+from pipeline.commands.options import json_option, run_options, tell
 
 if TYPE_CHECKING:
     from pipeline.console import Console
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 @click.option("--tables", default="1", show_default=True,
               help="1 approaches, 2 sensitivity, 3 encodings, 4 multi-task.")  # fmt: skip
 @click.option("--row", "names", multiple=True, help="Only rows of this name. Repeatable.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1),
+              help="Runs of each row.")  # fmt: skip
 @click.option("--steps", default=49, show_default=True, type=click.IntRange(1),
               help="Optimizer steps of every row.")  # fmt: skip
 @click.option("--task", default=0, envvar="SLURM_ARRAY_TASK_ID", type=click.IntRange(0),
@@ -30,15 +32,18 @@ if TYPE_CHECKING:
               help="In how many shares the runs are cut.")  # fmt: skip
 @click.option("--folder", default="runs/reproduce", show_default=True,
               type=click.Path(file_okay=False, path_type=Path), help="For runs and results.")  # fmt: skip
-@click.option("--plan", is_flag=True, help="List the runs, what is done, time left; run nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="List the runs, what is done, time left; run nothing."
+)
 @click.option("--keep", is_flag=True, help="Keep the students' models.")
 @click.option("--write-results", "page", type=click.Path(dir_okay=False, path_type=Path),
               help="Run nothing; write this page, and its plots beside it, of what is done.")  # fmt: skip
+@json_option
 @run_options
 def reproduce(
     config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int, tasks: int,
-    folder: Path, plan: bool, keep: bool, page: Path | None, overrides: Sequence[str], quiet: bool,
-    debug: bool,
+    folder: Path, dry_run: bool, keep: bool, page: Path | None, overrides: Sequence[str],
+    quiet: bool, debug: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make the evidence: train every row of the tables for several seeds, and compare.
 
@@ -61,14 +66,18 @@ def reproduce(
     harness = Harness(config, overrides, folder, steps, console)
     rows = chosen(harness, tables, names)
     mine = share(tasks_of(harness, rows, seeds), task, tasks)
-    if plan:
-        show_plan(console, harness, mine)
+    if dry_run:
+        show_plan(console, harness, mine, as_json)
         return
     if page is None:
-        perform_all(console, harness, mine, keep)
+        busy = perform_all(console, harness, mine, keep)
+        if busy:
+            console.say(f"{busy} of {len(mine)} runs are being done by other processes")
         page = folder / "RESULTS.md"
     save_results(harness, seeds, page)
-    click.echo(f"raw rows: {folder / 'results.json'}\ntables:   {page}")
+    raw = folder / "results.json"
+    facts = {"results": str(raw), "page": str(page)}
+    tell(as_json, facts, f"raw rows: {raw}\ntables:   {page}")
 
 
 def chosen(harness: Harness, tables: str, names: Sequence[str]) -> list[Row]:
@@ -88,8 +97,8 @@ def chosen(harness: Harness, tables: str, names: Sequence[str]) -> list[Row]:
     return [row for row in rows if not names or row.name in names]
 
 
-def perform_all(console: Console, harness: Harness, tasks: Sequence[Task], keep: bool) -> None:
-    """Does the runs in turn."""
+def perform_all(console: Console, harness: Harness, tasks: Sequence[Task], keep: bool) -> int:
+    """Does the runs in turn; returns how many other processes are at work on."""
     from pipeline.reproduce.runs import perform
 
     busy = 0
@@ -97,24 +106,30 @@ def perform_all(console: Console, harness: Harness, tasks: Sequence[Task], keep:
         if not task.done:
             console.say(f"run {number} of {len(tasks)}: {task.folder.name}")
         busy += not perform(harness, task, keep)
-    if busy:
-        click.echo(f"{busy} of {len(tasks)} runs are being done by other processes")
+    return busy
 
 
-def show_plan(console: Console, harness: Harness, tasks: Sequence[Task]) -> None:
+def show_plan(console: Console, harness: Harness, tasks: Sequence[Task], as_json: bool) -> None:
     """Prints the runs, and what is left by the mean time of finished ones of their kind."""
     from pipeline.console import duration
     from pipeline.reproduce.runs import seconds_by_kind
 
     seconds = seconds_by_kind(tasks)
-    left, unknown, lines = 0.0, 0, []
+    left, unknown, lines, facts = 0.0, 0, [], []
     for task in tasks:
         expected = seconds.get((task.row.kind, harness.steps_of(task.row)))
         if not task.done:
             left += expected or 0.0
             unknown += expected is None
+        facts.append(
+            {"run": task.folder.name, "table": task.row.table, "done": task.done,
+             "seconds_left": None if task.done else expected}
+        )  # fmt: skip
         shown = "–" if expected is None or task.done else duration(expected)
         lines.append([task.folder.name, task.row.table, "done" if task.done else "", shown])
+    if as_json:
+        click.echo(json.dumps({"dry_run": True, "runs": facts}, indent=1))
+        return
     console.table(["run", "table", "state", "time left"], lines, left=(0, 1, 2))
     done = sum(task.done for task in tasks)
     click.echo(f"\n{done} of {len(tasks)} runs done, {duration(left)} to go on this machine" + (
@@ -124,8 +139,6 @@ def show_plan(console: Console, harness: Harness, tasks: Sequence[Task]) -> None
 
 def save_results(harness: Harness, seeds: int, page: Path) -> None:
     """Writes results.json and about.json of every finished run, and the page with its plots."""
-    import json
-
     from pipeline.reproduce.drawings import draw
     from pipeline.reproduce.page import load_results, write_page
     from pipeline.reproduce.runs import collect, describe

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.command_options import common_options, json_option
+from pipeline.commands.options import common_options, json_option
 
 if TYPE_CHECKING:
     from pipeline.start.checks import Check

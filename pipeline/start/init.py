@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.command_options import common_options, json_option
+from pipeline.commands.options import common_options, json_option
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def _pairs(
               help="Column of a source's text or chats, if it cannot be told. Repeatable.")  # fmt: skip
 @click.option("--block-length", type=click.IntRange(2), help="Tokens of a block.")
 @click.option("--run-dir", metavar="FOLDER", help="Where the run will be; runs/NAME if not given.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
+              help="What will run it.")  # fmt: skip
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
               help="Of the device that will run it, if it is another machine's.")  # fmt: skip
 @click.option("--yes", "-y", is_flag=True, help="Ask nothing; take what is proposed.")

@@ -39,7 +39,7 @@ import numpy as np
 from baselines import BASELINES, Array, Baseline
 from notes import LENGTH, TEMPERATURES, len_of_tokenizer, load
 
-from pipeline.cli import allow_open_files
+from pipeline.commands.group import allow_open_files
 from storage.layout import GROUP, Layout, quiet_zarr
 from storage.notes import encode_rows
 from storage.orders import learn_orders

@@ -52,11 +52,11 @@ def command(lab: Lab, cli: Callable[..., Any], *arguments: object) -> Any:
 
 def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
     evidence = lab.root / "evidence"
-    assert "0 of 9 runs done" in command(lab, cli, "--plan").output
+    assert "0 of 9 runs done" in command(lab, cli, "--dry-run").output
     for task in (0, 1):  # as two tasks of an array
         result = command(lab, cli, "--task", task, "--tasks", 2)
         assert result.exit_code == 0, result.output
-    assert "9 of 9 runs done" in command(lab, cli, "--plan").output
+    assert "9 of 9 runs done" in command(lab, cli, "--dry-run").output
     raw = json.loads((evidence / "results.json").read_text())
     assert all(set(one) == {"table", "row", "seed", "metric", "value"} for one in raw)
     found = Results(raw)

@@ -34,7 +34,7 @@ def test_every_command_is_described_with_an_example() -> None:
             continue
         assert any(
             f"`scholiast {name} {what}" in text
-            for what in ("CONFIG", "CACHE", "RUN", "[CONFIG]", "[FILE]")
+            for what in ("CONFIG", "CACHE", "RUN", "[CONFIG]", "[FILE]", "SHELL")
         )
         assert f"Example: scholiast {name} " in (command.help or "")
 

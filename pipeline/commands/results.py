@@ -9,7 +9,15 @@ from pathlib import Path
 
 import click
 
-from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.commands.completion import student_names
+from pipeline.commands.options import (
+    dry_run_option,
+    json_option,
+    open_workspace,
+    run_options,
+    tell,
+    tell_actions,
+)
 
 
 def _named_folders(
@@ -29,6 +37,7 @@ def _named_folders(
 
 @click.command()
 @json_option
+@dry_run_option
 @click.option(
     "--model", "models", multiple=True, metavar="NAME=FOLDER", callback=_named_folders,
     help="Also measure an exported model with the corpus's tokenizer. Repeatable.",
@@ -36,18 +45,22 @@ def _named_folders(
 @run_options
 def evaluate(
     config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
-    models: dict[str, Path],
+    dry_run: bool, models: dict[str, Path],
 ) -> None:  # fmt: skip
     """Measure teachers, their ensemble and the students on the held-out blocks.
 
     \b
     Example: scholiast evaluate my.yaml --model other=models/other --json > figures.json
     """
+    from pipeline import dry_run as would
     from pipeline.plots import OVERALL
     from pipeline.report import summary
     from pipeline.report_tables import generation, overall
 
-    work, console = open_workspace(config, overrides, quiet)
+    work, console = open_workspace(config, overrides, quiet, dry_run)
+    if dry_run:
+        tell_actions(as_json, would.evaluate(work, models))
+        return
     result = work.evaluate(models)
     if as_json:
         click.echo(json_module.dumps(result, indent=1))
@@ -63,16 +76,19 @@ def evaluate(
 
 @click.command()
 @click.option("--prompt", "-p", help="Text to continue; read from standard input if not given.")
-@click.option("--student", default="fused", show_default=True, help="Which trained student.")
-@click.option("--new-tokens", default=80, show_default=True, type=click.IntRange(1))
+@click.option("--student", default="fused", show_default=True, shell_complete=student_names,
+              help="Which trained student.")  # fmt: skip
+@click.option("--new-tokens", default=80, show_default=True, type=click.IntRange(1),
+              help="Tokens of the continuation.")  # fmt: skip
 @click.option(
     "--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0), help="0 is greedy."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of a sampled continuation.")
+@json_option
 @run_options
 def generate(
-    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, prompt: str | None,
-    student: str, new_tokens: int, temperature: float, seed: int,
+    config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
+    prompt: str | None, student: str, new_tokens: int, temperature: float, seed: int,
 ) -> None:  # fmt: skip
     """Show what a trained student writes after a prompt.
 
@@ -81,4 +97,9 @@ def generate(
     """
     work, _ = open_workspace(config, overrides, quiet)
     text = prompt if prompt is not None else sys.stdin.read()
-    click.echo(text + work.generate(student, text, new_tokens, temperature, seed))
+    continuation = work.generate(student, text, new_tokens, temperature, seed)
+    facts = {
+        "student": student, "prompt": text, "continuation": continuation, "new_tokens": new_tokens,
+        "temperature": temperature, "seed": seed,
+    }  # fmt: skip
+    tell(as_json, facts, text + continuation)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.command_options import common_options, json_option
+from pipeline.commands.completion import config_files
+from pipeline.commands.options import common_options, dry_run_option, json_option
 from storage.errors import ConfigError, IncompleteCache
 from storage.remote import require_local
 
@@ -37,9 +38,8 @@ class Target:
 
 def cache_options(command: F) -> F:
     """CACHE (to which --set applies if it is a configuration), --json and the common options."""
-    return click.argument("cache", type=click.Path(path_type=Path))(
-        common_options(json_option(command))
-    )
+    cache = click.argument("cache", type=click.Path(path_type=Path), shell_complete=config_files)
+    return cache(common_options(json_option(command)))
 
 
 def check_options(command: F) -> F:
@@ -154,7 +154,7 @@ def verify(
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@dry_run_option
 @click.option("--clean", is_flag=True, help="Also delete files that stopped writers left behind.")
 @check_options
 @cache_options

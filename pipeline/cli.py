@@ -15,6 +15,7 @@ import click
 from pipeline.cache_commands import inspect, repair, verify
 from pipeline.command_options import json_option, open_workspace, run_options
 from pipeline.launch_commands import launch, run_task
+from pipeline.planning.command import plan
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
 from pipeline.result_commands import evaluate, generate
@@ -268,44 +269,6 @@ def push(
 @main.command()
 @json_option
 @run_options
-def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
-    """Say what a run will take and what is already done, before anything runs.
-
-    \b
-    Example: scholiast plan my.yaml --set store.k=32
-    """
-    from dataclasses import asdict
-
-    from pipeline.console import duration, human_bytes
-    from pipeline.plan import make_plan
-
-    work, console = open_workspace(config, overrides, quiet)
-    rows, facts = make_plan(work)
-    if as_json:
-        click.echo(json_module.dumps({**facts, "steps": [asdict(row) for row in rows]}, indent=1))
-        return
-    about = "about " if facts["estimated"] else ""
-    click.echo(
-        f"{about}{facts['tokens']:,} tokens in {facts['blocks']:,} blocks, {facts['parts']:,} parts\n"
-    )
-    console.table(
-        ["step", "done", "of", "on disk", "time left", "basis"],
-        [
-            [
-                row.step, f"{row.done:,}", f"{row.total:,}", human_bytes(row.size_bytes),
-                "–" if row.seconds is None else duration(row.seconds), row.basis,
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
-    total = sum(row.seconds or 0.0 for row in rows)
-    size = human_bytes(sum(row.size_bytes for row in rows))
-    click.echo(f"\nin all: {size} on disk, {duration(total)} to go on this machine")
-
-
-@main.command()
-@json_option
-@run_options
 def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
     """Say what is done, who is at work and which launched tasks failed, with the end of their logs.
 
@@ -323,7 +286,7 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
         show_status(console, rows)
 
 
-for _command in (evaluate, generate, report, verify, repair, inspect, launch, reproduce):
+for _command in (plan, evaluate, generate, report, verify, repair, inspect, launch, reproduce):
     main.add_command(_command)
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stages.corpus_identity import cut, require_appendable, require_corpus
+from stages.corpus_identity import WIDTH, cut, require_appendable, require_corpus
 from stages.model_files import locate
 from stages.options import CorpusOptions
 from stages.packing import Cursor, Packer, concatenate
@@ -27,9 +27,6 @@ from storage.corpus_info import CorpusInfo, load_begun, save_begun, save_info
 from storage.errors import CorpusError
 from storage.fingerprint import HashMemo, fingerprint
 from storage.types import TokenBlocks
-
-WIDTH = 64
-"""Blocks of a part where neither the options nor an estimate say how many."""
 
 
 def prepare(

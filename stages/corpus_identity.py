@@ -14,6 +14,9 @@ from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 from storage.remote import Root
 
+WIDTH = 64
+"""Blocks of a part where neither the options nor an estimate say how many."""
+
 
 def corpus_identity(
     options: CorpusOptions, memo: HashMemo, recorded: int | None = None

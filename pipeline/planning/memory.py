@@ -1,10 +1,9 @@
 """Peak memory of both stages by term, from the models' shapes: what the code holds, and when.
 
-A stage has two moments that can be its largest; a plan shows the terms of the larger. Bytes a token of
-a layer follow the forward of a decoder of the Llama kind (attention, gated MLP, RMSNorm in float32).
-
-e: bytes of a number in the forward; B blocks of T tokens; D hidden; I the MLP's width; Q, K the widths
-of queries and keys; V, P the ids and the head's rows.
+A stage has two moments that can be its largest; on a GPU a plan shows the terms of the larger. A CPU's
+allocator keeps much of what is freed, so a process's resident size is what was ever held: there the terms
+of both are taken together. Bytes a token of a layer follow the forward of a decoder of the Llama kind
+(attention, gated MLP, RMSNorm in float32); pipeline/README.md says how near that comes.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def teacher_peak(
         "statistics of a chunk": 2 * 4 * shape.vocab * (chunk if gpu else 2 * _threads(work)),
         "notes of a batch": 2 * tokens * note,
     }
-    return _larger(f"teachers.{name}", pieces, always, {"forward": forward, "head": head})
+    return _largest(f"teachers.{name}", pieces, gpu, always, {"forward": forward, "head": head})
 
 
 def _forward(shape: Shape, e: int) -> int:
@@ -112,18 +111,20 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     projections = _projections(work, shape)
     trainable, length = shape.trainable + projections, config.corpus.block_length
     tokens, bf16 = blocks * length, train.precision == "bf16"
+    e, remade = 2 if bf16 else 4, train.gradient_checkpointing
     gradients = 4 * trainable // pieces
     entries = config.fusion.k or store.entries
     target = tokens * len(config.fused_teachers) * (16 * (entries + store.drawn) + 8)
-    readers = (
-        1 if gpu else 3
-    )  # on a CPU also the step that is read ahead, and what it is fused from
+    # On a CPU also the step that is read ahead, and what it is fused from.
+    readers = 1 if gpu else 3
     always = {
         "runtime": RUNTIME[gpu],
         "weights": 4 * (shape.parameters + projections) // pieces,
         "optimizer states": 8 * trainable // pieces,
         "fused targets": micro * readers * target,
     }
+    if not gpu and shape.checkpoint > shape.parameters:
+        always["layers that were cut away"] = 4 * (shape.checkpoint - shape.parameters)
     if sharded:
         outer = shape.parameters - shape.decoder + projections
         layer = shape.decoder // max(1, shape.layers)
@@ -134,11 +135,13 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     head_trained = shape.trainable == shape.parameters
     end_of_forward = {
         "gradients": gradients if micro > 1 else 0,
-        "bfloat16 weights": 2 * shape.decoder if bf16 and not train.gradient_checkpointing else 0,
-        "activations": tokens * _kept(shape, bf16, train.gradient_checkpointing),
-        "attention mask": blocks * length * length * 3,
+        "bfloat16 weights": 2 * shape.decoder if bf16 and not remade else 0,
+        "activations": tokens * _kept(shape, bf16, remade),
+        "activations of one layer again": tokens * _layer(shape, bf16) if remade else 0,
+        "attention mask": blocks * length**2 * (1 + e * (1 if remade else shape.layers)),
         "head's input and its gradient": 3 * 4 * tokens * shape.hidden,
-        "head's gradient": 4 * shape.head if head_trained else 0,
+        # Of a step's first batch it becomes the gradient itself, which a CPU's sum has already.
+        "head's gradient": 4 * shape.head if head_trained and (gpu or micro > 1) else 0,
         "logits chunk": 4 * chunk * shape.vocab,
         "loss of a chunk": 4 * (chunk if gpu else 16) * shape.vocab
         * (1 if loss.temperature == 1.0 else 3),
@@ -150,10 +153,7 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
         "logits chunk": 0 if gpu else 4 * chunk * shape.vocab,
     }
     moments = {"end of the forward": end_of_forward, "end of the backward": end_of_backward}
-    if train.gradient_checkpointing:
-        a_layer = tokens * _layer(shape, bf16)
-        end_of_forward["activations of one layer again"] = a_layer
-    return _larger("student", pieces, always, moments)
+    return _largest("student", pieces, gpu, always, moments)
 
 
 def _kept(shape: Shape, bf16: bool, checkpointed: bool) -> int:
@@ -165,12 +165,13 @@ def _layer(shape: Shape, bf16: bool) -> int:
     """Returns the bytes a token that one layer keeps for its backward.
 
     Under autocast each linear map keeps a bfloat16 copy of its input of its own; both norms keep their
-    input and what they made of it in float32; attention keeps queries, keys, values and its output.
+    input and what they made of it in float32; attention, where there is a mask, keeps queries, keys and
+    values of as many heads, and its output twice: as it was, and laid out for the next map.
     """
-    d, q, k, i = shape.hidden, shape.queries, shape.keys, shape.inner
+    d, q, i = shape.hidden, shape.queries, shape.inner
     if bf16:
-        return 26 * d + 4 * q + 6 * k + 8 * i
-    return 24 * d + 8 * q + 8 * k + 16 * i
+        return 26 * d + 10 * q + 8 * i
+    return 24 * d + 20 * q + 16 * i
 
 
 def _projections(work: Workspace, shape: Shape) -> int:
@@ -184,12 +185,19 @@ def _projections(work: Workspace, shape: Shape) -> int:
     return sum(len(wanted[name]) * sizes[name] * (shape.hidden + 1) for name in stored)
 
 
-def _larger(
-    what: str, ranks: int, always: dict[str, int], moments: Mapping[str, Mapping[str, int]]
-) -> Peak:
+def _largest(
+    what: str, ranks: int, gpu: bool, always: dict[str, int],
+    moments: Mapping[str, Mapping[str, int]],
+) -> Peak:  # fmt: skip
+    """Returns the larger of two moments, or on a CPU both together."""
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    terms = {name: size for name, size in {**always, **moments[moment]}.items() if size}
-    return Peak(what, ranks, moment, dict(sorted(terms.items(), key=lambda item: -item[1])))
+    held = dict(moments[moment])
+    if not gpu:
+        moment = "taken together"
+        for terms in moments.values():
+            held |= {name: max(size, held.get(name, 0)) for name, size in terms.items()}
+    found = {name: size for name, size in {**always, **held}.items() if size}
+    return Peak(what, ranks, moment, dict(sorted(found.items(), key=lambda item: -item[1])))
 
 
 def _threads(work: Workspace) -> int:

@@ -24,6 +24,7 @@ class Shape:
 
     Attributes:
         parameters: of all that is stored.
+        checkpoint: of what is loaded, before layers are cut away.
         trainable: of those that an optimizer moves.
         layers, hidden, inner: decoder layers, D, the MLP's width.
         queries, keys: heads times their size, of queries and of keys (as many as values).
@@ -34,6 +35,7 @@ class Shape:
     """
 
     parameters: int
+    checkpoint: int
     trainable: int
     layers: int
     hidden: int
@@ -72,8 +74,8 @@ class Shape:
             a_layer = 2 * size * of_one * (heads + kv_heads) + 3 * size * inner
             count = layers * a_layer + vocab * size * (1 if tied else 2)
         return cls(
-            count, count, layers, size, inner, heads * of_one, kv_heads * of_one, heads, vocab, tied,
-            context_length(config),
+            count, count, count, layers, size, inner, heads * of_one, kv_heads * of_one, heads, vocab,
+            tied, context_length(config),
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pipeline.planning.parts import layout_of, tasks_for
 from pipeline.planning.rows import PlanRow, make_plan
 from pipeline.planning.shapes import student_shape, teacher_shape
 from pipeline.workspace import Workspace
+from storage.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def whole_plan(work: Workspace, asked: Asked, notes: Sequence[str] = ()) -> dict
         for row in rows
         if row.step.startswith("cache ")
     }
-    peaks = [_with_measured(peak, pace) for peak in _peaks(work, facts, device, asked)]
-    warnings = [str(problem).replace("\n", ";") for problem in context_problems(work)]
+    peaks, problems = _peaks(work, facts, device, asked)
+    peaks = [_with_measured(peak, pace) for peak in peaks]
+    warnings = [_in_one_line(problem) for problem in (*context_problems(work), *problems)]
     warnings += memory_warnings(peaks, device["memory_bytes"]) + disk_warnings(work, rows)
     for row in rows:
         name = row.step.removeprefix("cache ")
@@ -145,8 +147,9 @@ def _parts(work: Workspace, row: PlanRow, width: int) -> dict[str, Any]:
 
 def _peaks(
     work: Workspace, facts: dict[str, Any], device: dict[str, Any], asked: Asked
-) -> list[Peak]:
-    gpu, peaks = device["gpu"], []
+) -> tuple[list[Peak], list[ConfigError]]:
+    """Returns the memory of every model that is here, and why the student's cannot be told."""
+    gpu, peaks, problems = device["gpu"], [], []
     for name in work.config.teachers:
         shape = teacher_shape(work, name)
         if shape is not None:
@@ -156,8 +159,17 @@ def _peaks(
     if shape is not None:
         train = work.config.cluster.train
         ranks = train.nodes * (train.ranks or train.over(work.config.cluster.defaults).gpus or 1)
-        peaks.append(student_peak(work, shape, gpu, ranks))
-    return peaks
+        try:
+            peaks.append(student_peak(work, shape, gpu, ranks))
+        except (
+            ConfigError
+        ) as problem:  # a step that the ranks cannot share: another command's refusal
+            problems.append(problem)
+    return peaks, problems
+
+
+def _in_one_line(problem: ConfigError) -> str:
+    return "; ".join(" ".join(line.split()) for line in str(problem).splitlines())
 
 
 def _with_measured(peak: Peak, pace: Pace) -> Peak:

@@ -59,6 +59,7 @@ def push(
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
     for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
+            manifest.require_inside(root, name)  # what lies elsewhere is not to be sent along
             (target / name).write(root / name)
             sent += (root / name).stat().st_size
     return sent
@@ -94,7 +95,7 @@ class _Copy:
         """Sends one object unless it stands; returns the bytes sent."""
         if self.stands(name, size, sha256, vouched):
             return 0
-        _require_whole(self.root / name, size, sha256)
+        _require_whole(self.root, name, size, sha256)
         (self.target / name).write(self.root / name)
         return size
 
@@ -141,7 +142,9 @@ def _require_sound(root: Path) -> str | None:
     return digest(orders)
 
 
-def _require_whole(path: Path, size: int, sha256: str) -> None:
+def _require_whole(root: Path, name: str, size: int, sha256: str) -> None:
+    manifest.require_inside(root, name)
+    path = root / name
     if not path.exists():
         raise MissingShard(
             "a file that its manifest vouches for is missing", where=path, todo=_TODO

@@ -211,9 +211,8 @@ def _check_object(store: Store, job: tuple[int, str, tuple[int, str]]) -> Proble
             return Problem(part, name, "its sha256 is not the one in its manifest", "redo")
     except FileNotFoundError:
         return Problem(part, name, "the file is missing", "redo")
-    except (OSError, RuntimeError) as error:  # a failing disk, a link to itself: others are worth checking
-        reason = getattr(error, "strerror", None) or error
-        return Problem(part, name, f"the file cannot be read: {reason}", "redo")
+    except OSError as error:  # a failing disk: the other files are still worth checking
+        return Problem(part, name, f"the file cannot be read: {error.strerror}", "redo")
     return None
 
 

@@ -37,6 +37,7 @@ from storage.writer import owners, require_identity
 COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
 
+_LOGGED = (("tokens", int), ("seconds", int | float), ("peak_bytes", int), ("device", str))
 _LOG_BYTES = 1 << 22  # of the log's end that is read: a rate needs no more
 
 
@@ -261,10 +262,10 @@ def read_log(root: Root) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):  # the first line may be the end of one: a number, say
-            rows.append(row)
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _LOGGED):
+            rows.append(row)  # the first line may be the end of one: a number, say
     return rows
 
 

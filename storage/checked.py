@@ -68,7 +68,8 @@ def typed(kind: type[T], body: Any) -> T:
     Raises:
         ValueError: a field is missing, unknown, or of another type.
     """
-    value = _adapter(kind).validate_json(canonical_json(body), strict=True)
+    adapter: Any = _adapter(kind)  # type: ignore[arg-type]
+    value = adapter.validate_json(canonical_json(body), strict=True)
     if unknown := sorted(set(body) - {f.name for f in fields(kind)}):  # type: ignore[arg-type]
         raise ValueError(f"unknown: {', '.join(unknown)}")
     return value  # type: ignore[no-any-return]

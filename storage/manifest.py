@@ -258,7 +258,9 @@ def _bytes(path: Root) -> bytes | None:
     except OSError as error:
         raise unreadable("a manifest", error, path, REDO) from error
     except ValueError as error:
-        raise CorruptShard("a manifest is far too large", where=path, found=error, todo=REDO) from None
+        raise CorruptShard(
+            "a manifest is far too large", where=path, found=error, todo=REDO
+        ) from None
 
 
 def parse(path: Root, data: bytes) -> Manifest:

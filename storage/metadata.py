@@ -6,7 +6,7 @@ other people read with, looks nowhere else.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, 
     for name, expected in group_metadata(layout, orders).items():
         what = "the table of levels" if name == LEVELS else "the array's metadata"
         try:
-            found = durable.patiently(lambda path=root / name: read_bounded(path), root / name)
+            found = durable.patiently(partial(read_bounded, root / name), root / name)
             if name != LEVELS:
                 found, expected = (canonical_json(parse(x)) for x in (found, expected))
         except FileNotFoundError:

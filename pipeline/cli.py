@@ -18,6 +18,7 @@ from pipeline.launch_commands import launch, run_task
 from pipeline.report_command import report
 from pipeline.reproduce.command import reproduce
 from pipeline.result_commands import evaluate, generate
+from pipeline.terminal import harmless
 from storage.errors import ScholiastError, Stopped
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ class ScholiastGroup(click.Group):
             ctx.exit(INTERRUPTED)
         except Stopped as stopped:
             if _first_rank():
-                click.echo(str(stopped), err=True)
+                click.echo(harmless(stopped), err=True)
             ctx.exit(stopped.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if self._debug:
                 raise
-            click.echo(f"error: {_message(error)}", err=True)
+            click.echo(harmless(f"error: {_message(error)}"), err=True)
             ctx.exit(error.exit_code if isinstance(error, ScholiastError) else 1)
 
     def _invoke_with_bar(self, ctx: click.Context) -> Any:

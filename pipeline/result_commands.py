@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline.command_options import json_option, open_workspace, run_options
+from pipeline.terminal import for_output
 
 
 def _named_folders(
@@ -81,4 +82,4 @@ def generate(
     """
     work, _ = open_workspace(config, overrides, quiet)
     text = prompt if prompt is not None else sys.stdin.read()
-    click.echo(text + work.generate(student, text, new_tokens, temperature, seed))
+    click.echo(for_output(text + work.generate(student, text, new_tokens, temperature, seed)))

@@ -5,11 +5,12 @@ Nothing here imports torch or transformers, so that plans and completeness check
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from pathlib import Path
 from typing import Any
 
+from stages.model_safety import code_identity, safetensors_header, weight_files
+from storage.checked import parse, read_bounded
 from storage.errors import TeacherError
 from storage.fingerprint import HashMemo
 
@@ -90,18 +91,22 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     """
     path = config_file(folder)
     try:
-        config = json.loads(path.read_text())
+        config = parse(read_bounded(path))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise TeacherError(
             f"the model's configuration cannot be read: {error}", where=f"{key}: {path}",
             todo="give the folder of a transformers checkpoint",
         ) from error  # fmt: skip
-    return {**config, **config.get("text_config", {})}
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
 
 
 def dimension(config: dict[str, Any], *names: str) -> int | None:
     """Returns the first of several names a configuration has for one dimension."""
-    return next((int(config[n]) for n in names if config.get(n) is not None), None)
+    found = next((config[n] for n in names if config.get(n) is not None), None)
+    return int(found) if isinstance(found, int | float) else None
 
 
 def hidden_size(config: dict[str, Any]) -> int:
@@ -119,40 +124,20 @@ def context_length(config: dict[str, Any]) -> int | None:
     return dimension(config, "max_position_embeddings", "n_positions", "n_ctx")
 
 
-def weight_files(folder: Path, key: str) -> list[Path]:
-    """Returns the safetensors files of a checkpoint, sorted.
-
-    Raises:
-        TeacherError: there is none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise TeacherError(
-            "the model has no safetensors weights", where=f"{key}: {folder}",
-            todo="save it again with save_pretrained (pickled weights are not read)",
-        )  # fmt: skip
-    return files
-
-
 def parameters(folder: Path, key: str) -> int:
     """Returns the number of stored parameters, from the safetensors headers alone."""
-    total = 0
-    for path in weight_files(folder, key):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for n in tensor["shape"]:
-                    size *= n
-                total += size
-    return total
+    headers = (safetensors_header(path, key) for path in weight_files(folder, key))
+    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
 
 
-def model_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
-    """Returns file name → sha256 of the configuration and every weight file."""
+def model_identity(
+    folder: Path, key: str, memo: HashMemo, trust_remote_code: bool = False
+) -> dict[str, str]:
+    """Returns file name → sha256 of the configuration and every weight file; of a trusted model also
+    of its code."""
     paths = [folder / "config.json", *weight_files(folder, key)]
-    return {path.name: memo.sha256(path) for path in paths}
+    code = code_identity(folder, key, memo) if trust_remote_code else {}
+    return {path.name: memo.sha256(path) for path in paths} | code
 
 
 def tokenizer_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:

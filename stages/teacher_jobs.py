@@ -123,7 +123,7 @@ def _job(
     identity = {
         "format": FORMAT,
         "corpus": info.fingerprint,
-        "teacher": model_identity(folder, key, memo),
+        "teacher": model_identity(folder, key, memo, options.trust_remote_code),
         "dtype": options.dtype,
         "store": {
             "k": layout.k,

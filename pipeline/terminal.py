@@ -13,7 +13,7 @@ _KEPT = "\n\t"
 _TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 """Characters that turn the direction of writing."""
 _ACTED_ON = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode categories: controls (ESC, and those of 8 bits), surrogates, separators of lines, paragraphs."""
+"""Unicode categories: controls (ESC, those of 8 bits), surrogates, separators of lines and paragraphs."""
 
 
 def harmless(text: object) -> str:

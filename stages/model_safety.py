@@ -65,8 +65,8 @@ def _require_own(folder: Path, key: str, files: set[str]) -> None:
 
 
 def require_plain(folder: Path, key: str) -> None:
-    """Refuses a configuration that names a repository of compiled kernels: transformers would download and
-    run them, trusted or not, where the package `kernels` is installed.
+    """Refuses a configuration that names a repository of compiled kernels: transformers would download
+    and run them, trusted or not, where the package `kernels` is installed.
 
     Raises:
         TeacherError: says which key.
@@ -145,7 +145,7 @@ def code_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
             raise TeacherError(
                 "the model runs code of another repository", where=f"{key}: {folder / name}",
                 found=elsewhere, expected="code that lies beside the model, and so can be recorded",
-                todo="copy those .py files into the folder, and leave the part before '--' out of auto_map",
+                todo="copy those .py files into the folder, and drop the part before '--' in auto_map",
             )  # fmt: skip
     paths = sorted(folder.rglob("*.py"))
     return {path.relative_to(folder).as_posix(): memo.sha256(path) for path in paths}

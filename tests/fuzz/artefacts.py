@@ -49,7 +49,9 @@ def _random_cache(folder: Path, source: CacheReader, changes: dict[str, Any]) ->
         writer.write_part(part, codes(layout, last - first, len(source.orders.near), generator))
 
 
-def codes(layout: Layout, blocks: int, classes: int, generator: np.random.Generator) -> dict[str, Any]:
+def codes(
+    layout: Layout, blocks: int, classes: int, generator: np.random.Generator
+) -> dict[str, Any]:
     """Returns arrays that decode to something, of so many blocks."""
     made = {}
     for name, spec in layout.arrays().items():

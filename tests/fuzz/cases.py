@@ -50,15 +50,11 @@ class TookTooLong(Exception):
     """A case ran past its time."""
 
 
-def run_cases(
-    ground: Ground, name: str, seed: int, cases: int, until: float = float("inf"),
-    last: Path | None = None,
-) -> Tally:  # fmt: skip
+def run_cases(ground: Ground, name: str, seed: int, cases: int, last: Path | None = None) -> Tally:
     """Runs some of a target's cases.
 
     Args:
         seed, cases: which, and how many; the same give the same.
-        until: time.monotonic() after which no more are begun.
         last: file that holds the case under way, for whoever finds this process dead.
     """
     target, tally = TARGETS[name], Tally()
@@ -70,8 +66,6 @@ def run_cases(
     )  # fmt: skip
     @hypothesis.given(st.data())
     def one(data: Any) -> None:
-        if time.monotonic() > until:
-            return
         files = target.change(ground, data.draw)
         if last is not None:
             last.write_text(_shown(ground, name, files))
@@ -121,12 +115,20 @@ def bound_memory() -> None:
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     rooms = ("/storage/", "/stages/", "/pipeline/")
-    own = [f for f in frames if any(room in f.filename for room in rooms) and "site-packages" not in f.filename]
+    own = [
+        f
+        for f in frames
+        if any(room in f.filename for room in rooms) and "site-packages" not in f.filename
+    ]
     at = own[-1] if own else frames[-1]
-    return f"{type(error).__name__} at {'/'.join(at.filename.split('/')[-2:])}:{at.lineno}: {error!s:.120}"
+    file = "/".join(at.filename.split("/")[-2:])
+    return f"{type(error).__name__} at {file}:{at.lineno}: {error!s:.120}"
 
 
 def _shown(ground: Ground, name: str, files: dict[Path, bytes | None]) -> str:
     """Returns a case as JSON: what each file became."""
-    text = {str(p.relative_to(ground.root)): None if d is None else d.decode("latin-1") for p, d in files.items()}
+    text = {
+        str(p.relative_to(ground.root)): None if d is None else d.decode("latin-1")
+        for p, d in files.items()
+    }
     return json.dumps({"target": name, "files": text})

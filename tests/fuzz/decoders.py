@@ -21,7 +21,9 @@ if __name__ == "__main__":  # before anything else imports them
     import atheris
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    with atheris.instrument_imports(include=["storage", "stages.decode", "stages.checkpoint_pieces"]):
+    with atheris.instrument_imports(
+        include=["storage", "stages.decode", "stages.checkpoint_pieces"]
+    ):
         import stages.decode  # noqa: F401
         import storage.reader  # noqa: F401
 
@@ -47,7 +49,11 @@ from storage.shard import Shard
 from storage.tables import load_orders
 from storage.writer import open_cache
 
-_FOLDER = Path(tempfile.mkdtemp(prefix="scholiast-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+_FOLDER = Path(
+    tempfile.mkdtemp(
+        prefix="scholiast-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    )
+)
 _T, _K, _V = 4, 3, 300
 _SPECS = [
     ArraySpec(dtype, (2, _K, _T), (2, _K, _T), (1, _K, _T), ("block", "entry", "token"))
@@ -254,7 +260,9 @@ def seeds(name: str) -> list[bytes]:
         from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange
 
         layout, digest = _layout().to_dict(), "0" * 64
-        made.append(b"\xff" + canonical_json({"format": 2, "identity": {"corpus": "c"}, "layout": layout}))
+        made.append(
+            b"\xff" + canonical_json({"format": 2, "identity": {"corpus": "c"}, "layout": layout})
+        )
         info = CorpusInfo({}, digest, digest, 300, _T, 2, 2, (SourceRange("x", "train", 0, 2, 1, 9),),
                           (CorpusGeneration(0, 2, digest, 1, digest),))  # fmt: skip
         made.append(b"\0" + canonical_json({"format": 2, **asdict(info)}))
@@ -263,11 +271,16 @@ def seeds(name: str) -> list[bytes]:
     elif name == "pieces":
         from safetensors.numpy import save
 
-        index = {"w": {"dtype": "F32", "shape": [3], "pieces": [["rank-00000.safetensors", [0], [3]]]}}
+        index = {
+            "w": {"dtype": "F32", "shape": [3], "pieces": [["rank-00000.safetensors", [0], [3]]]}
+        }
         text = json.dumps(index).encode()
         made.append(len(text).to_bytes(2, "little") + text + save({"w@0": np.zeros(3, "f4")}))
     elif name == "yaml_text":
-        made = [b"a: &x {b: [1, 2.5, true]}\nc: {<<: *x, d: 2001-01-01}\n- !!binary aGk=\n", b"a: !!set {x}\n"]
+        made = [
+            b"a: &x {b: [1, 2.5, true]}\nc: {<<: *x, d: 2001-01-01}\ne: [!!binary aGk=]\n",
+            b"a: !!set {x}\n",
+        ]
     return made or [generator.bytes(64)]
 
 

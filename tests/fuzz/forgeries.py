@@ -48,9 +48,16 @@ def _zarr(draw: Draw, root: Path) -> Files:
 
 def _beside(draw: Draw, root: Path) -> Files:
     """What is read without a checksum: measurements, leases, words of failure."""
-    names = ["log.jsonl", ".leases/000000", ".leases/000001.failed", "manifests/000000-0123456789ab.json"]
+    names = [
+        "log.jsonl",
+        ".leases/000000",
+        ".leases/000001.failed",
+        "manifests/000000-0123456789ab.json",
+    ]
     path = root / draw(st.sampled_from(names))
-    line = b'{"tokens": 5, "seconds": 1.5, "peak_bytes": 7, "device": "cpu", "host": "h", "pid": 1, '
+    line = (
+        b'{"tokens": 5, "seconds": 1.5, "peak_bytes": 7, "device": "cpu", "host": "h", "pid": 1, '
+    )
     line += b'"started": 1, "job": null, "lifetime": 9.5, "space": "s", "token": "t", "since": 1.0}'
     if draw(st.booleans()):
         return {path: json_changed(draw, line, sign=False) + b"\n"}
@@ -118,11 +125,16 @@ def _codes(draw: Draw, root: Path) -> Files:
     layout, body = layout_of(root), json.loads(manifest.read_bytes())
     array = name.split("/")[1]
     spec = layout.arrays()[array]
-    seed, most = draw(st.integers(0, 2**31)), draw(st.sampled_from([1, 50, 400, 2**16 - 1, 2**32 - 1]))
+    seed, most = (
+        draw(st.integers(0, 2**31)),
+        draw(st.sampled_from([1, 50, 400, 2**16 - 1, 2**32 - 1])),
+    )
     generator = np.random.default_rng(seed)
     shape = (body["blocks"], *spec.shape[1:])
     if spec.dtype == "float32":
-        values = generator.choice([np.nan, np.inf, -np.inf, 0, -1, 1, 1e30, -1e30], shape).astype("f4")
+        values = generator.choice([np.nan, np.inf, -np.inf, 0, -1, 1, 1e30, -1e30], shape).astype(
+            "f4"
+        )
     else:
         values = generator.integers(0, most, shape, np.uint64).astype(spec.dtype)
     path = root / "forged.shard"
@@ -137,7 +149,9 @@ def _orders(draw: Draw, root: Path) -> Files:
     """Other orders of ids, whose digest all manifests carry where there is one."""
     layout, names = layout_of(root), order_names()
     name = draw(st.sampled_from(names))
-    dtype = draw(st.sampled_from(["uint16", "uint16", "uint16", "uint32", "int32", "float32", "uint64"]))
+    dtype = draw(
+        st.sampled_from(["uint16", "uint16", "uint16", "uint32", "int32", "float32", "uint64"])
+    )
     count = draw(st.sampled_from([0, 1, layout.vocab_size - 1, layout.vocab_size, 3 * layout.vocab_size,
                                   40 * layout.vocab_size, 2**18]))  # fmt: skip
     generator = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -145,7 +159,9 @@ def _orders(draw: Draw, root: Path) -> Files:
     values = generator.integers(0, layout.vocab_size + (how == "any"), count).astype(dtype)
     if how == "sound":
         rows = -(-count // layout.vocab_size)
-        values = np.concatenate([generator.permutation(layout.vocab_size) for _ in range(max(1, rows))])
+        values = np.concatenate(
+            [generator.permutation(layout.vocab_size) for _ in range(max(1, rows))]
+        )
         values = values[:count].astype(dtype)
     body = pcodec().encode(values) if count and how != "bytes" else (root / name).read_bytes()[:-4]
     body = bytes_changed(draw, body) if how == "bytes" else bytes(body)
@@ -206,6 +222,8 @@ def _arrow(draw: Draw, root: Path) -> Files:
         table = table.rename_columns([f"{x}x" for x in table.column_names])
     sink = io.BytesIO()
     chunk = 1 if how == "uneven" else None
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as out:
+    with pa.ipc.new_file(
+        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as out:
         out.write_table(table, max_chunksize=chunk)
     return with_manifest(root, {name: sink.getvalue()}, manifest)

@@ -18,10 +18,10 @@ from storage.fingerprint import canonical_json, fingerprint
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 STRANGE: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 7, 255, 65_536, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.0,
-    1.5, -0.5, 1e308, "", "x", "0", "../../etc/passwd", "/etc/passwd", "a\0b", "\x1b[31m\u202e", "0" * 64,
-    "f" * 64, "\ud800", [], {}, [[]], {"a": {"b": []}}, [0, 0], [-1, 1], [1.5], ["x"], [None], list(range(50)),
-    "x" * 5000, {"sha256": "x"},
+    None, True, False, -1, 0, 1, 2, 7, 255, 65_536, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, -(10**30),
+    0.0, 1.5, -0.5, 1e308, "", "x", "0", "../../etc/passwd", "/etc/passwd", "a\0b", "\x1b[31m\u202e",
+    "0" * 64, "f" * 64, "\ud800", "x" * 5000, [], {}, [[]], {"a": {"b": []}}, [0, 0], [-1, 1], [1.5],
+    ["x"], [None], list(range(50)), {"sha256": "x"},
 ]  # fmt: skip
 _SIZES = [0, 1, 4, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 _index = st.integers(0, 2**31)

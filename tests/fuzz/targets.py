@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from click.testing import CliRunner
@@ -99,7 +98,9 @@ def store_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
 def read_stores(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
     path = next(iter(files))
     root = next(root for root in ground.stores.values() if path.is_relative_to(root))
-    reader = draw(st.sampled_from(["read", "read", "verify", "inspect", "repair", "plan", "status"]))
+    reader = draw(
+        st.sampled_from(["read", "read", "verify", "inspect", "repair", "plan", "status"])
+    )
     read_one(ground, root, reader)
     if reader == "read" and digest_of(root, root.name == "corpus") != ground.truth[root]:
         raise WrongData(path)
@@ -135,7 +136,9 @@ def forged_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
 def read_forged(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
     path = next(iter(files))
     root = next(root for root in ground.stores.values() if path.is_relative_to(root))
-    reader = draw(st.sampled_from(["read", "read", "verify", "inspect", "repair", "plan", "status"]))
+    reader = draw(
+        st.sampled_from(["read", "read", "verify", "inspect", "repair", "plan", "status"])
+    )
     read_one(ground, root, reader)
 
 
@@ -147,12 +150,18 @@ def config_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
     value = yaml.safe_load(data)
     for _ in range(draw(st.integers(1, 3))):
         value = value_changed(draw, value)
-    return {ground.root / "changed.yaml": yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "replace")}
+    return {
+        ground.root / "changed.yaml": yaml.safe_dump(value, allow_unicode=True).encode(
+            "utf-8", "replace"
+        )
+    }
 
 
 def read_config_file(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
     path = next(iter(files))
-    overrides = draw(st.sampled_from([(), ("train.lr=1",), ("teachers.x.y=[&a x, *a]",), ("a=!!int x",)]))
+    overrides = draw(
+        st.sampled_from([(), ("train.lr=1",), ("teachers.x.y=[&a x, *a]",), ("a=!!int x",)])
+    )
     load_config(path, overrides)
 
 
@@ -227,7 +236,9 @@ def model_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
         return {folder / "model.safetensors.index.json": json.dumps(value).encode()}
     data = (folder / name).read_bytes()
     structured = name == "config.json" and draw(st.booleans())
-    return {folder / name: json_changed(draw, data, False) if structured else bytes_changed(draw, data)}
+    return {
+        folder / name: json_changed(draw, data, False) if structured else bytes_changed(draw, data)
+    }
 
 
 def read_model(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:

@@ -148,7 +148,7 @@ def test_a_corpus_that_claims_what_cannot_be(corpus: Path, changes: dict[str, An
 
 
 def test_json_without_an_end_is_not_read_whole(cache: Path) -> None:
-    """Deeper than the interpreter's stack; larger than any of ours (a file with a hole: no disk is used)."""
+    """Deeper than the interpreter's stack; larger than any of ours (a file with a hole takes no disk)."""
     for content in (b"[" * 200_000, b'{"a":' * 200_000):
         (cache / "cache.json").write_bytes(content)
         with pytest.raises(CorruptShard, match="not those that were written"):
@@ -180,7 +180,11 @@ def test_orders_of_ids_that_are_none(cache: Path, how: str) -> None:
     opened = open_cache(cache)
     assert opened is not None
     vocab = opened[1].vocab_size
-    ids = {"twice": np.zeros(vocab), "beyond": np.full(1, vocab), "many": np.arange(vocab * 40) % vocab}
+    ids = {
+        "twice": np.zeros(vocab),
+        "beyond": np.full(1, vocab),
+        "many": np.arange(vocab * 40) % vocab,
+    }
     body = bytes(pcodec().encode(ids.get(how, np.arange(vocab)).astype("uint16")))
     if how == "no pcodec":
         body = pickle.dumps(ids)
@@ -194,7 +198,7 @@ def test_orders_of_ids_that_are_none(cache: Path, how: str) -> None:
 
 
 def test_a_pickle_codec_in_the_metadata_is_never_asked(cache: Path) -> None:
-    """Zarr's metadata may name numcodecs' pickle; ours is not read from there, and the file is refused."""
+    """Metadata may name numcodecs' pickle: we read none of it; writer and verify refuse such a file."""
     path = cache / "notes.zarr/entropy/zarr.json"
     body = json.loads(path.read_bytes())
     body["codecs"] = [{"name": "numcodecs.pickle", "configuration": {"protocol": 5}}]
@@ -211,7 +215,9 @@ def test_a_pickle_codec_in_the_metadata_is_never_asked(cache: Path) -> None:
 # -- paths
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "notes.zarr/../../secret", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "notes.zarr/../../secret", "", "a\0b"]
+)
 def test_a_manifest_names_nothing_outside(cache: Path, name: str) -> None:
     first = min((cache / "manifests").iterdir())
     body = json.loads(first.read_bytes())
@@ -225,11 +231,13 @@ def test_a_digest_is_no_path_of_the_local_cache(cache: Path, tmp_path: Path, dig
     """What is fetched from a store lies in the local cache under its sha256."""
     first = min((cache / "manifests").iterdir())
     body = json.loads(first.read_bytes())
-    signed(first, objects=dict.fromkeys(body["objects"], [1, digest]))
+    signed(first, objects={name: [1, digest] for name in body["objects"]})
     with pytest.raises(CorruptShard, match="cannot be"):
         manifest.read(first)
     with pytest.raises(ScholiastError):
-        LocalCache(tmp_path / "local", 10**6).opened(digest, 1, lambda p: pytest.fail("fetched"), "x")
+        LocalCache(tmp_path / "local", 10**6).opened(
+            digest, 1, lambda p: pytest.fail("fetched"), "x"
+        )
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -275,7 +283,9 @@ def test_tokens_that_the_tokenizer_does_not_know(corpus: Path) -> None:
     with pa.ipc.new_file(sink, table.schema) as out:
         out.write_table(table)
     first = min((corpus / "manifests").iterdir())
-    for file, data in with_manifest(corpus, {f"blocks/{path.name}": sink.getvalue()}, first).items():
+    for file, data in with_manifest(
+        corpus, {f"blocks/{path.name}": sink.getvalue()}, first
+    ).items():
         assert data is not None
         file.write_bytes(data)
     with pytest.raises(CorruptShard, match="tokens that the tokenizer does not know"):

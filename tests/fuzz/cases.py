@@ -80,7 +80,7 @@ def run_cases(ground: Ground, name: str, seed: int, cases: int, last: Path | Non
             if type(error).__module__.startswith("hypothesis"):
                 raise
             tally.outcomes["CRASH"] += 1
-            tally.crashes.setdefault(_place(error), _shown(ground, name, files))
+            tally.crashes.setdefault(_place(error), _shown(ground, name, files, error))
         tally.slowest = max(tally.slowest, time.monotonic() - begun)
 
     with warnings.catch_warnings():
@@ -122,13 +122,15 @@ def _place(error: BaseException) -> str:
     ]
     at = own[-1] if own else frames[-1]
     file = "/".join(at.filename.split("/")[-2:])
-    return f"{type(error).__name__} at {file}:{at.lineno}: {error!s:.120}"
+    return f"{type(error).__name__} at {file}:{at.lineno}"
 
 
-def _shown(ground: Ground, name: str, files: dict[Path, bytes | None]) -> str:
-    """Returns a case as JSON: what each file became."""
-    text = {
-        str(p.relative_to(ground.root)): None if d is None else d.decode("latin-1")
-        for p, d in files.items()
+def _shown(
+    ground: Ground, name: str, files: dict[Path, bytes | None], error: BaseException | None = None
+) -> str:
+    """Returns a case as JSON: what each file became (bytes as Latin-1), and what was raised."""
+    changed = {
+        path.relative_to(ground.root).as_posix(): None if data is None else data.decode("latin-1")
+        for path, data in files.items()
     }
-    return json.dumps({"target": name, "files": text})
+    return json.dumps({"target": name, "files": changed, "error": f"{error!s:.300}"})

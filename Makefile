@@ -19,8 +19,10 @@ STEPS  ?= 49
 endif
 REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEEDS) --steps $(STEPS)
 
+FUZZ_SECONDS ?= 600
+
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student reproduce test test-s3 test-cluster bench-cache bench-step lint clean
+.PHONY: help cache-teachers train-student reproduce test test-s3 test-cluster fuzz bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +75,13 @@ test-cluster: $(BIN)/.installed-test  ## real jobs on a private two-node Slurm o
 	    exit 1; }; apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 	$(BIN)/python -m pytest -n 0 tests/cluster
+
+$(BIN)/.installed-fuzz: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,fuzz]'
+	@touch $@
+
+fuzz: $(BIN)/.installed-fuzz  ## damaged and forged configurations, caches, corpora, checkpoints (FUZZ_SECONDS=600)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 bench-cache: $(BIN)/.installed-test  ## size, rounding and speed of the cache; stage one's overhead; 10^6 parts
 	cd tests/benchmarks && ../../$(BIN)/python cache.py ../../runs/bench

@@ -44,7 +44,13 @@ class Vocabulary:
                 "there is no tokenizer", where=path,
                 todo="name the folder of the tokenizer that the corpus was prepared with",
             )  # fmt: skip
-        return cls(Tokenizer.from_file(str(path)))
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises plain ones
+            raise ConfigError(
+                "the tokenizer cannot be read", where=path, found=error,
+                todo="name the folder of the tokenizer that the corpus was prepared with",
+            ) from error  # fmt: skip
 
     def text(self, token: int) -> str:
         """Returns a token's text; bytes that are no whole character as ⟨E2⟩."""

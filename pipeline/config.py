@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.launch.options import ClusterOptions
+from pipeline.yaml_text import LARGEST, load_yaml
 from stages.options import CorpusOptions, Options, ReadingOptions, StoreOptions, TeacherOptions
 from stages.target_options import FusionOptions, LossOptions
 from stages.train_options import EvaluateOptions, StudentOptions, TrainOptions
@@ -202,17 +202,17 @@ def merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: the file is not a YAML mapping, or an override does not fit it.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            raw = load_yaml(file.read(LARGEST + 1))
     except OSError as error:
         raise ConfigError(
             f"the configuration cannot be read: {error.strerror}", where=path,
             todo="give the path of a YAML file, such as pipeline/configs/demo.yaml",
         ) from error  # fmt: skip
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no UTF-8 is one, too
         raise ConfigError(
-            "the configuration is not YAML", where=path, found=" ".join(str(error).split()),
-            todo="mend the line named",
-        ) from error  # fmt: skip
+            "the configuration is not YAML", where=path, found=error, todo="mend the line named"
+        ) from error
     if not isinstance(raw, dict):
         raise ConfigError(
             "the configuration is not a mapping", where=path, found=type(raw).__name__,
@@ -247,7 +247,7 @@ def override(raw: dict[str, Any], text: str) -> None:
             node[int(last)] = parsed
         else:
             node[last] = parsed
-    except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
             "an override does not fit the configuration", where=f"--set {text}", found=str(error),
             todo="check the dotted key; list items are named by their index, from 0",
@@ -255,7 +255,7 @@ def override(raw: dict[str, Any], text: str) -> None:
 
 
 def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = load_yaml(text)
     if isinstance(value, str):  # YAML 1.1 takes 1e-3 for text
         try:
             return float(value)

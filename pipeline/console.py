@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.terminal import harmless
+
 _LINE_EVERY = 15.0  # seconds between plain lines
 
 
@@ -22,7 +24,7 @@ class Console:
         self._numbers: dict[str, float] = {}
 
     def start(self, label: str, total: int, unit: str, done: int = 0) -> None:
-        self._label, self._unit, self._total = label, unit, total
+        self._label, self._unit, self._total = harmless(label), unit, total
         self._done = self._first = done
         self._begun = self._told = time.monotonic()
         self._numbers = {}
@@ -68,9 +70,9 @@ class Console:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i, header in enumerate(headers):
-            table.add_column(header, justify="left" if i in left else "right")
+            table.add_column(Text(harmless(header)), justify="left" if i in left else "right")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(harmless(cell)) for cell in row))
         width = None if sys.stdout.isatty() else 200
         Rich(width=width, highlight=False).print(table)
 
@@ -79,7 +81,7 @@ class Console:
         from rich.console import Console as Rich
 
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(),
+            progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
             progress.TaskProgressColumn(), progress.TextColumn("{task.fields[state]}"),
             console=Rich(stderr=True), transient=True,
         )  # fmt: skip
@@ -99,7 +101,7 @@ class Console:
         return f"{self._rate()}, {left} left" + (f", {shown}" if shown else "")
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import click
 
 from pipeline.block_view import visible
 from pipeline.console import Console, human_bytes
+from pipeline.terminal import harmless
 
 Facts = Mapping[str, dict[str, Any]]
 
@@ -19,12 +20,13 @@ _FIGURES = (("head_mass", "head mass"), ("tail_mass", "tail mass"),
 
 def show_corpus(name: str, facts: dict[str, Any], console: Console) -> None:
     """Prints what a corpus is."""
-    click.echo(
+    told = (
         f"{name}: {facts['tokens']:,} tokens in {facts['blocks']:,} blocks of "
         f"{facts['block_length']:,}, {facts['parts']:,} parts, {human_bytes(facts['bytes'])}\n"
         f"  fingerprint {_short(facts['fingerprint'])}, tokenizer {_short(facts['tokenizer'])} with "
         f"{facts['vocab_size']:,} ids\n"
     )
+    click.echo(harmless(told))
     console.table(
         ["source", "split", "first block", "blocks", "documents", "tokens"],
         [
@@ -87,13 +89,14 @@ def _show_figures(facts: Facts, console: Console) -> None:
     console.table(["figure", "cache", "mean", "10 %", "median", "90 %"], rows, left=(0, 1))
     perplexities = [f"{name} {_fixed(one['figures']['perplexity'])}"
                     for name, one in facts.items() if one["figures"]]  # fmt: skip
-    click.echo(f"perplexity on the next token: {', '.join(perplexities)}")
+    click.echo(harmless(f"perplexity on the next token: {', '.join(perplexities)}"))
 
 
 def show_block(block: dict[str, Any], console: Console) -> None:
     """Prints one block's rows: a line a teacher."""
     place = f" ({block['domain']}, {block['split']})" if "domain" in block else ""
-    click.echo(f"\nblock {block['block']:,}{place}: row t reads a token and predicts the next\n")
+    told = f"\nblock {block['block']:,}{place}: row t reads a token and predicts the next\n"
+    click.echo(harmless(told))
     table = []
     for row in block["rows"]:
         reads = [_quoted(row["token"]), _quoted(row["next"])] if "token" in row else ["", ""]

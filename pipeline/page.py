@@ -47,7 +47,13 @@ def render(template: str, view: Mapping[str, Any], scripts: Sequence[str] = ()) 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": _markdown, "fence": _fence, "count": count, "island": island}
+    environment.filters |= {
+        "md": _markdown,
+        "code": _code,
+        "fence": _fence,
+        "count": count,
+        "island": island,
+    }
     code = [(_TEMPLATES / name).read_text() for name in scripts]
     policy = " ".join(_hash_source(text) for text in code) or "'none'"
     return environment.get_template(template).render({**view, "scripts": code, "policy": policy})
@@ -71,6 +77,11 @@ def _markdown(text: object) -> str:
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     line = re.sub(r"([\\`*\[\]|#>~])", r"\\\1", line)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+
+
+def _code(text: object) -> str:
+    """Returns text as code within a line; a backtick in it would end that."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
 
 
 def _fence(text: str) -> str:

@@ -172,6 +172,7 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "stages": report_tables.stages(evaluation),
         "arrays": report_tables.arrays(evaluation),
         "sources": report_tables.sources(evaluation),
+        "trusted": report_tables.trusted(evaluation),
         "config": yaml.safe_dump(evaluation["config"], sort_keys=False, allow_unicode=True),
     }
 

@@ -140,6 +140,14 @@ def distillation_note(evaluation: Evaluation) -> str:
     return f"The distillation loss is the run's own ({how}){temperature}, the mean over tokens."
 
 
+def trusted(evaluation: Evaluation) -> str:
+    """Returns whose own code was run (trust_remote_code), in words; "" for nobody's."""
+    config = evaluation["config"]
+    named = [(f"teacher {n}", options) for n, options in (config.get("teachers") or {}).items()]
+    named.append(("student", config.get("student") or {}))
+    return ", ".join(name for name, options in named if options.get("trust_remote_code"))
+
+
 # -- tables
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from pipeline.launch.logs import failed_tasks
 from pipeline.workspace import Workspace
 from stages.teacher_jobs import TeacherJob, measured
 from storage import manifest
+from storage.checked import parse, read_bounded
+from storage.errors import CheckpointError
 from storage.leases import failures, leases
 
 
@@ -39,7 +41,7 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
         done, total = newest_step(folder), 0
         finished = folder / "model" / "scholiast.json"
         if finished.exists():
-            done = total = int(json.loads(finished.read_text())["steps"])
+            done = total = steps_of(finished)
         rows.append(_row(f"train {name}", done, total))
     evaluated = int((config.run / "evaluation.json").exists())
     rows.append(_row("evaluate", evaluated, 1))
@@ -87,6 +89,22 @@ def _add_failures(rows: list[dict[str, Any]], logs: Path) -> None:
 def _row(step: str, done: int, total: int) -> dict[str, Any]:
     state = "done" if total and done == total else "partial" if done else "waiting"
     return {"step": step, "state": state, "done": done, "total": total}
+
+
+def steps_of(path: Path) -> int:
+    """Returns how many steps an exported student was trained for.
+
+    Raises:
+        CheckpointError: its scholiast.json does not say.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        facts = parse(read_bounded(path))
+        if isinstance(facts, dict) and isinstance(facts.get("steps"), int):
+            return int(facts["steps"])
+    raise CheckpointError(
+        "what the model was made from cannot be read", where=path,
+        todo=f"delete {path.parent}, and run `scholiast train-student` again",
+    )  # fmt: skip
 
 
 def newest_step(folder: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipeline.console import Console, duration
+from pipeline.terminal import harmless
 
 _SHOWN = 3  # failed tasks of a step whose logs are shown
 
@@ -26,13 +27,9 @@ def show_status(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         failed = row.get("failed_tasks", [])
         for ended in failed[:_SHOWN]:
             code = "no exit code" if ended["code"] is None else f"exit code {ended['code']}"
-            click.echo(
-                f"\n{ended['step']}: task {ended['task']} failed: {ended['reason']} ({code})"
-            )
-            click.echo(
-                f"  to do:     {ended['todo']}\n  log:       {ended['log']}, which ends with"
-            )
-            click.echo("\n".join(f"    {line}" for line in ended["tail"]))
+            told = f"\n{ended['step']}: task {ended['task']} failed: {ended['reason']} ({code})"
+            told += f"\n  to do:     {ended['todo']}\n  log:       {ended['log']}, which ends with"
+            click.echo(harmless("\n".join([told, *(f"    {line}" for line in ended["tail"])])))
         if len(failed) > _SHOWN:
             click.echo(f"\n{failed[0]['step']}: {len(failed) - _SHOWN} more tasks failed")
 

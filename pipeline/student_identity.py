@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import FUSED
 from stages.layer_pairs import Pair, resolve_pairs
 from stages.model_files import config_file, layer_count, model_identity, read_config
+from stages.model_safety import code_identity
 from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob
 from storage.corpus_info import CorpusInfo
@@ -71,9 +72,12 @@ def feature_pairs(work: Workspace, loss: LossOptions, jobs: list[TeacherJob]) ->
 
 
 def _student_files(work: Workspace) -> dict[str, str]:
-    if work.config.student.model is None:
-        return {"config.json": work.memo.sha256(config_file(work.student_folder()))}
-    return model_identity(work.student_folder(), "student.model", work.memo)
+    student, folder = work.config.student, work.student_folder()
+    if student.model is None:
+        trusted = student.trust_remote_code and folder.is_dir()
+        code = code_identity(folder, "student.config", work.memo) if trusted else {}
+        return {"config.json": work.memo.sha256(config_file(folder)), **code}
+    return model_identity(folder, "student.model", work.memo, student.trust_remote_code)
 
 
 def depth_of(folder: Path, key: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pipeline.console import Console, duration, human_bytes
+from pipeline.terminal import harmless
 from storage.repair import Action
 from storage.verify import Report
 
@@ -45,7 +46,7 @@ def show_reports(reports: Mapping[str, Report], console: Console) -> None:
     for name, report in reports.items():
         for problem in report.problems:
             part = "" if problem.part is None else f"part {problem.part}, "
-            click.echo(f"bad: {name}, {part}{problem.path}: {problem.what}")
+            click.echo(harmless(f"bad: {name}, {part}{problem.path}: {problem.what}"))
     for name, report in reports.items():
         if report.leftovers:
             size = human_bytes(sum(x.bytes for x in report.leftovers))
@@ -54,7 +55,7 @@ def show_reports(reports: Mapping[str, Report], console: Console) -> None:
                 f"not read, harmless: {name}, {count:,} files, {size}, that nothing vouches for"
             )
             for leftover in report.leftovers[:_LISTED]:
-                click.echo(f"  {human_bytes(leftover.bytes)}  {leftover.path}")
+                click.echo(harmless(f"  {human_bytes(leftover.bytes)}  {leftover.path}"))
             if count > _LISTED:
                 click.echo(f"  and {count - _LISTED:,} more (--json lists all)")
 
@@ -89,10 +90,10 @@ def show_actions(
         "delete": "deleted", "write": "wrote"}  # fmt: skip
     for name, report in reports.items():
         for action in actions[name]:
-            click.echo(f"{verbs[action.verb]}: {name}, {action.path} ({action.why})")
+            click.echo(harmless(f"{verbs[action.verb]}: {name}, {action.path} ({action.why})"))
         for problem in report.problems:
             if problem.mend == "none":
-                click.echo(f"left alone: {name}, {problem.path}: {problem.what}")
+                click.echo(harmless(f"left alone: {name}, {problem.path}: {problem.what}"))
     if not any(actions.values()) and all(report.sound for report in reports.values()):
         click.echo("sound: nothing to repair")
     commands = {command for report in reports.values() if (command := next_command(report))}

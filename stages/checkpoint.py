@@ -5,6 +5,9 @@ rank 0 writes the facts, renames the folder and, last, replaces `latest` atomica
 name is thus whole, and `latest` says which one the training goes on from (without `latest`, the newest).
 Overwriting one in place would lose it at the wrong moment.
 
+DCP plans who writes and reads what; how it lies there is our own (see checkpoint_pieces), because DCP's
+storage is pickles. The facts are JSON that carries its sha256.
+
 Names of tensors do not depend on how the student is parallel, and DCP cuts them anew when it loads, so
 a checkpoint of one process, of DDP or of FSDP2 serves any of them.
 """
@@ -29,8 +32,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from stages.checkpoint_pieces import INDEX, PieceReader, PieceWriter, file_of
 from stages.ranks import Ranks
 from storage import durable
+from storage.checked import parse_signed
 from storage.errors import CheckpointError
 from storage.fingerprint import file_sha256, fingerprint
 
@@ -85,10 +90,11 @@ def save_checkpoint(
     def write() -> dict[str, str]:
         with durable.disk_errors(root), _dcp():
             dcp_save(
-                tensors, checkpoint_id=temporary, process_group=ranks.group,
+                tensors, storage_writer=PieceWriter(temporary), process_group=ranks.group,
                 no_dist=ranks.world == 1,
             )  # fmt: skip
-        return {path.name: file_sha256(path) for path in _written_by(temporary, ranks)}
+        mine = [temporary / file_of(ranks.rank), *([temporary / INDEX] if ranks.first else [])]
+        return {path.name: file_sha256(path) for path in mine if path.exists()}
 
     def commit() -> None:
         with durable.disk_errors(root):
@@ -110,16 +116,6 @@ def _prune(root: Path, step: int, keep: int) -> None:
     kept = [number for number in there if number <= step][-keep:]
     for number in there.keys() - set(kept):
         shutil.rmtree(there[number])
-
-
-def _written_by(folder: Path, ranks: Ranks) -> list[Path]:
-    """Returns a rank's files, __RANK_n.distcp; whatever else there is, is rank 0's."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        mark = re.match(r"__(\d+)_", path.name)
-        if (int(mark[1]) if mark else 0) == ranks.rank:
-            found.append(path)
-    return found
 
 
 def _folders(root: Path) -> dict[int, Path]:
@@ -229,9 +225,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or its own checksum does not hold.
     """
     try:
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_bytes())
-        whole = facts.pop("sha256") == fingerprint(facts)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        facts = parse_signed((folder / _FACTS).read_bytes())
+        whole = _possible(facts)
+    except (OSError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError(
@@ -239,6 +235,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
             where=folder / _FACTS, todo=_older(folder),
         )  # fmt: skip
     return facts
+
+
+def _possible(facts: dict[str, Any]) -> bool:
+    """Returns whether facts have what every checkpoint's have, and name files of the folder itself."""
+    files, numbers = facts.get("files"), [facts.get("step"), facts.get("ranks")]
+    return (
+        isinstance(files, dict)
+        and all(re.fullmatch(r"[a-z]+(-\d+)?\.[a-z]+", name) for name in files)
+        and all(isinstance(digest, str) for digest in files.values())
+        and all(isinstance(number, int) and number > 0 for number in numbers)
+    )
 
 
 def _older(folder: Path) -> str:
@@ -263,9 +270,14 @@ def load_checkpoint(
     """
 
     def check() -> None:
+        if INDEX not in facts["files"]:
+            raise CheckpointError(
+                "the checkpoint is of an earlier version, whose tensors are listed in a pickle",
+                where=folder, expected=INDEX, todo=f"delete {folder.parent} to train from the beginning",
+            )  # fmt: skip
         for name, digest in list(facts["files"].items())[ranks.rank :: ranks.world]:
             path = folder / name
-            if not path.exists() or file_sha256(path) != digest:
+            if not path.is_file() or file_sha256(path) != digest:
                 raise CheckpointError(
                     "a file of the checkpoint is missing or has bytes that were not written there",
                     where=path, todo=_older(folder),
@@ -275,8 +287,8 @@ def load_checkpoint(
         try:
             with _dcp():
                 dcp_load(
-                    tensors, checkpoint_id=folder, process_group=ranks.group,
-                    no_dist=ranks.world == 1,
+                    tensors, storage_reader=PieceReader(folder, facts["files"]),
+                    process_group=ranks.group, no_dist=ranks.world == 1,
                 )  # fmt: skip
         except Exception as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.fusion import NoteRows
 from storage.codec import DRAW_STEP, CubeRoot
+from storage.errors import CorruptShard
 from storage.layout import Layout
 from storage.orders import IdOrders
 from storage.types import LOG_ZERO
@@ -47,8 +48,13 @@ class DeviceDecoder:
         Args:
             packed: CacheReader.packed's arrays, as tensors of the same dtypes.
             scored_BT: bool, on the same device.
+
+        Raises:
+            CorruptShard: a code stands for nothing. Asked before any table is: an index beyond one would
+                end a GPU's whole context.
         """
         layout = self._layout
+        self._require_codes(packed)
         first = packed["id_class"].long() * self._stride
         draws = layout.draws > 0
         log_z = self._statistic(packed["log_z"]) if layout.temperatures else None
@@ -69,6 +75,22 @@ class DeviceDecoder:
             if layout.draws_tempered
             else None,
         )
+
+    def _require_codes(self, packed: Mapping[str, Tensor]) -> None:
+        """Refuses ranks, classes and levels that do not exist, by one answer of the device."""
+        beyond = [_reach(packed["id_class"]) * self._stride >= len(self._ids)]
+        for name in ("head_ids", "draw_ids"):
+            if name in packed:
+                beyond.append(_reach(packed[name].long().sum(1)) >= self._stride)
+        if self._levels is not None:
+            levels = packed["head_logprobs"].long() + self._floor(packed)
+            floors = packed["head_floor"].long() + int(self._layout.top_p < 1)
+            beyond += [_reach(x) >= len(self._levels) for x in (levels, floors)]
+        if bool(torch.stack(beyond).any()):
+            raise CorruptShard(
+                "notes were written wrong", expected="ranks and levels that exist",
+                todo="run `scholiast verify --deep`, which says whose and where",
+            )  # fmt: skip
 
     def _decoded_ids(self, gaps: Tensor, first: Tensor) -> Tensor:
         return self._ids[gaps.long().cumsum(1) + first[:, None]].long()
@@ -102,6 +124,11 @@ class DeviceDecoder:
 
     def _statistic(self, stored: Tensor) -> Tensor:
         return stored if self._statistics is None else self._statistics[stored.long()]
+
+
+def _reach(codes: Tensor) -> Tensor:
+    """Returns the largest code, 0 of none."""
+    return codes.long().amax() if codes.numel() else codes.new_zeros((), dtype=torch.long)
 
 
 def _rows(values_BKT: Tensor, scored_BT: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def export_checkpoint(run: Run, model: Any, tokenizer: Any, step: int | None, fo
         CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
     source, facts = checkpoint_of(run.folder / "checkpoints", step)
-    require_identity(run, facts["identity"], source)
+    require_identity(run, facts.get("identity"), source)
     state = {"student": {f"model.{name}": value for name, value in model.state_dict().items()}}
     load_checkpoint(source, facts, state, Ranks(torch.device("cpu")))
     whole = model.state_dict() if run.lora is None else merged(model.state_dict(), run.lora)

@@ -112,11 +112,11 @@ class MetricsLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except ValueError:
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line cut by the kill; its step is beyond the checkpoint
         durable.write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
 

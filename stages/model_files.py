@@ -5,11 +5,12 @@ Nothing here imports torch or transformers, so that plans and completeness check
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from pathlib import Path
 from typing import Any
 
+from stages.model_safety import code_identity, safetensors_header, weight_files
+from storage.checked import parse, read_bounded
 from storage.errors import TeacherError
 from storage.fingerprint import HashMemo
 
@@ -85,8 +86,11 @@ def _whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    return all((folder / name).is_file() for name in shards)
+    try:
+        shards = set(parse(read_bounded(index))["weight_map"].values())
+        return all((folder / str(name)).is_file() for name in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # cut off: the download begins again
 
 
 def config_file(folder: Path) -> Path:
@@ -105,18 +109,22 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     """
     path = config_file(folder)
     try:
-        config = json.loads(path.read_text())
+        config = parse(read_bounded(path))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise TeacherError(
             f"the model's configuration cannot be read: {error}", where=f"{key}: {path}",
             todo="give the folder of a transformers checkpoint",
         ) from error  # fmt: skip
-    return {**config, **config.get("text_config", {})}
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
 
 
 def dimension(config: dict[str, Any], *names: str) -> int | None:
     """Returns the first of several names a configuration has for one dimension."""
-    return next((int(config[n]) for n in names if config.get(n) is not None), None)
+    found = next((config[n] for n in names if config.get(n) is not None), None)
+    return int(found) if isinstance(found, int | float) else None
 
 
 def hidden_size(config: dict[str, Any]) -> int:
@@ -134,44 +142,14 @@ def context_length(config: dict[str, Any]) -> int | None:
     return dimension(config, "max_position_embeddings", "n_positions", "n_ctx")
 
 
-def weight_files(folder: Path, key: str) -> list[Path]:
-    """Returns the safetensors files of a checkpoint, sorted.
-
-    Raises:
-        TeacherError: there is none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise TeacherError(
-            "the model has no safetensors weights", where=f"{key}: {folder}",
-            todo="save it again with save_pretrained (pickled weights are not read)",
-        )  # fmt: skip
-    return files
-
-
 def parameters(folder: Path, key: str) -> int:
     """Returns the number of stored parameters, from the safetensors headers alone.
 
     Raises:
         TeacherError: there are no weights, or a file of them is cut or damaged.
     """
-    total = 0
-    for path in weight_files(folder, key):
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise TeacherError(
-                "a weight file has no safetensors header", where=f"{key}: {path}",
-                todo="it is cut or damaged: copy or download it again",
-            ) from error  # fmt: skip
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for n in tensor["shape"]:
-                    size *= n
-                total += size
-    return total
+    headers = (safetensors_header(path, key) for path in weight_files(folder, key))
+    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
 
 
 def parameters_of(config: dict[str, Any]) -> int:
@@ -185,10 +163,14 @@ def parameters_of(config: dict[str, Any]) -> int:
     return layers * (int(2 * (1 + shared) * size * size) + 3 * size * inner) + embeddings
 
 
-def model_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
-    """Returns file name → sha256 of the configuration and every weight file."""
+def model_identity(
+    folder: Path, key: str, memo: HashMemo, trust_remote_code: bool = False
+) -> dict[str, str]:
+    """Returns file name → sha256 of the configuration and every weight file; of a trusted model also
+    of its code."""
     paths = [folder / "config.json", *weight_files(folder, key)]
-    return {path.name: memo.sha256(path) for path in paths}
+    code = code_identity(folder, key, memo) if trust_remote_code else {}
+    return {path.name: memo.sha256(path) for path in paths} | code
 
 
 def tokenizer_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:

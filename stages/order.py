@@ -131,19 +131,28 @@ class BlockOrder:
         """Returns what a checkpoint keeps: {epoch, consumed, seed}."""
         return {**asdict(position), "seed": self.seed}
 
-    def resume(self, state: dict[str, Any]) -> Position:
+    def resume(self, state: Any) -> Position:
         """Returns the position that `state` keeps.
 
         Raises:
-            CheckpointError: it is a position in the order of another seed.
+            CheckpointError: it is a position in the order of another seed, or none.
         """
+        state = state if isinstance(state, dict) else {}
         if state.get("seed") != self.seed:
             raise CheckpointError(
                 "the checkpoint stands in the order of another seed", where="train.seed",
                 expected=self.seed, found=state.get("seed"),
                 todo="restore that seed, or name another run_dir",
             )  # fmt: skip
-        return Position(int(state["epoch"]), int(state["consumed"]))
+        epoch, consumed = (state.get(key) for key in ("epoch", "consumed"))
+        known = isinstance(epoch, int) and isinstance(consumed, int)
+        if not known or not 0 <= epoch < 1 << 48 or not 0 <= consumed < max(1, len(self)):
+            raise CheckpointError(
+                "the checkpoint stands where no epoch has a sample", where="position",
+                expected=f"0 to {len(self) - 1}", found=f"epoch {epoch!r:.30}, {consumed!r:.30}",
+                todo="go on from another checkpoint, or train from the beginning",
+            )  # fmt: skip
+        return Position(epoch, consumed)
 
     def _enter(self, number: int) -> _Epoch:
         epoch = self._epoch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from stages.ranks import Ranks
 from stages.target_options import LossOptions
 from stages.train_options import LoraOptions, TrainOptions
 from storage import durable
+from storage.checked import parse, read_bounded
 from storage.errors import CheckpointError
 from storage.fingerprint import describe_differences, fingerprint
 from storage.types import Int64
@@ -68,8 +68,26 @@ def finished(run: Run) -> bool:
     path = run.model_folder / "scholiast.json"
     if not path.exists():
         return False
-    require_identity(run, json.loads(path.read_text())["identity"], run.model_folder)
+    require_identity(run, exported_facts(path).get("identity"), run.model_folder)
     return True
+
+
+def exported_facts(path: Path) -> dict[str, Any]:
+    """Returns what an exported student's scholiast.json says.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    try:
+        facts = parse(read_bounded(path))
+    except (OSError, ValueError) as error:
+        facts = error
+    if not isinstance(facts, dict):
+        raise CheckpointError(
+            "what the model was made from cannot be read", where=path, found=facts,
+            todo=f"delete {path.parent}, and run the same command again",
+        )  # fmt: skip
+    return facts
 
 
 @contextlib.contextmanager
@@ -95,12 +113,13 @@ def claimed(run: Run, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def require_identity(run: Run, found: dict[str, Any], where: Path) -> None:
+def require_identity(run: Run, found: Any, where: Path) -> None:
     """Refuses what another run has left.
 
     Raises:
         CheckpointError: says which settings differ.
     """
+    found = found if isinstance(found, dict) else {}
     if fingerprint(found) != fingerprint(run.identity):
         ours, theirs = describe_differences(run.identity, found)
         raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.head import Head, run_decoder
 from stages.model_checks import check_model
+from stages.model_safety import first_line, require_plain, todo_of, weight_files
 from stages.options import TeacherOptions
 from storage.errors import TeacherError, VocabularyMismatch
 
@@ -138,6 +139,8 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
+    weight_files(folder, key)  # refuses pickles and adapters
+    require_plain(folder, key)
     try:
         model, info = loader.from_pretrained(
             folder, dtype=dtype, device_map=device_map,
@@ -152,10 +155,10 @@ def load_causal_lm(
             "the model does not fit into the device's memory", where=f"{key}: {folder}",
             todo='set device_map: auto to spread it over several GPUs, or dtype: bfloat16',
         ) from error  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # safetensors and configurations raise types of their own
         raise TeacherError(
-            f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
-            where=f"{key}: {folder}", todo="check the checkpoint with transformers alone",
+            f"the model cannot be loaded: {first_line(error)}", where=f"{key}: {folder}",
+            todo=todo_of(error, "check the checkpoint with transformers alone"),
         ) from error  # fmt: skip
 
 
@@ -170,16 +173,18 @@ def random_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
+    require_plain(folder, key)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return loader.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code,
             attn_implementation=None if attention == "auto" else attention,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # configurations raise types of their own
         raise TeacherError(
-            f"no model can be made of the configuration: {str(error).strip().splitlines()[0]}",
-            where=f"{key}: {folder}", todo="give the config.json of a transformers causal LM",
+            f"no model can be made of the configuration: {first_line(error)}",
+            where=f"{key}: {folder}",
+            todo=todo_of(error, "give the config.json of a transformers causal LM"),
         ) from error  # fmt: skip
 
 

@@ -39,7 +39,7 @@ COMPRESSION = 0.55
 """Stored bytes over raw ones, as measured at k = 64 on real logits; used until parts are measured."""
 
 LEARNING_TOKENS = 16_384
-
+_LOGGED = (("tokens", int), ("seconds", int | float), ("peak_bytes", int), ("device", str))
 _LOG_BYTES = 1 << 22  # of the log's end that is read: a rate needs no more
 
 
@@ -144,7 +144,7 @@ def _job(
     identity = {
         "format": FORMAT,
         "corpus": info.fingerprint,
-        "teacher": model_identity(folder, key, memo),
+        "teacher": model_identity(folder, key, memo, options.trust_remote_code),
         "dtype": options.dtype,
         "store": {
             "k": layout.k,
@@ -337,10 +337,10 @@ def read_log(root: Root) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):  # the first line may be the end of one: a number, say
-            rows.append(row)
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _LOGGED):
+            rows.append(row)  # the first line may be the end of one: a number, say
     return rows
 
 

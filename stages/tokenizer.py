@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.model_safety import first_line, todo_of
 from storage.errors import CorpusError, TeacherError, VocabularyMismatch
 from storage.fingerprint import fingerprint
 
@@ -25,10 +26,10 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises plain ones
         raise TeacherError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            where=f"{key}: {folder}", todo="save the tokenizer beside the model",
+            f"the tokenizer cannot be loaded: {first_line(error)}", where=f"{key}: {folder}",
+            todo=todo_of(error, "save the tokenizer beside the model"),
         ) from error  # fmt: skip
     if not tokenizer.is_fast:
         raise TeacherError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from stages.stop import StopSignals, names
 from stages.stream import shared_out, steps_of_batches
 from stages.student import DistilledStudent
 from storage.blocks import require_targets
-from storage.errors import CorpusError, ScholiastError, Stopped
+from storage.errors import CheckpointError, CorpusError, ScholiastError, Stopped
 
 
 class Trainer:
@@ -280,7 +281,7 @@ class Trainer:
             self.ranks.on_first(lambda: self.metrics.truncate(-1))
             return
         folder, facts = found
-        require_identity(self.run, facts["identity"], folder)
+        require_identity(self.run, facts.get("identity"), folder)
         materialise_moments(self.optimizer)
         state = self._state()
         same_ranks = facts.get("ranks", 1) == self.ranks.world
@@ -291,8 +292,8 @@ class Trainer:
         if same_ranks:
             set_random_state(self.ranks.device, state["random"][str(self.ranks.rank)])
         self.step = self.saved = int(facts["step"])
-        self.position = self.order.resume(facts["position"])
-        self.tokens, self.seconds = int(facts["tokens"]), float(facts["seconds"])
+        self.position = self.order.resume(facts.get("position"))
+        self.tokens, self.seconds = counted(facts, folder)
         self.ranks.on_first(lambda: self.metrics.truncate(self.step))
         self.progress.say(f"{self.run.folder.name}: going on from step {self.step}")
 
@@ -305,3 +306,19 @@ class Trainer:
     def _log(self, row: dict[str, Any]) -> None:
         if self.ranks.first:
             self.metrics.write(row, flush=self.step % self.run.train.checkpoint_every == 0)
+
+
+def counted(facts: dict[str, Any], folder: Path) -> tuple[int, float]:
+    """Returns the tokens and the seconds that a checkpoint's facts state.
+
+    Raises:
+        CheckpointError: they state none.
+    """
+    tokens, seconds = facts.get("tokens"), facts.get("seconds")
+    if not isinstance(tokens, int) or not isinstance(seconds, int | float) or tokens < 0:
+        raise CheckpointError(
+            "the checkpoint does not say how far the training was", where=folder,
+            expected="tokens and seconds", found=f"{tokens!r:.40}, {seconds!r:.40}",
+            todo=f"delete {folder.parent} to train from the beginning",
+        )  # fmt: skip
+    return tokens, float(seconds)

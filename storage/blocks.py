@@ -19,12 +19,18 @@ import numpy as np
 import pyarrow as pa
 
 from storage import durable, manifest
-from storage.corpus_info import load_info
-from storage.errors import CorpusError, CorruptShard, IncompleteCache, MissingShard
+from storage.corpus_info import CorpusInfo, load_info
+from storage.errors import (
+    CorpusError,
+    CorruptShard,
+    IncompleteCache,
+    MissingShard,
+    unreadable,
+)
 from storage.fingerprint import bytes_sha256
 from storage.generations import part_of
 from storage.remote import RemotePath, Root, open_object
-from storage.types import AnyArray, Bool, Int64, TokenBlocks
+from storage.types import Int64, TokenBlocks
 
 _OPEN_PARTS = 64  # decoded parts a reader keeps; a part is some hundred kB to a few MB
 
@@ -127,9 +133,9 @@ class BlockReader:
             MissingShard, CorruptShard, RemoteError
         """
         vouched = manifest.load(self.root, part, self.info.owners.of(part))
-        size, digest = vouched.objects[object_name(part)] if vouched else (0, "")
+        size, digest = vouched.objects.get(object_name(part), (0, "")) if vouched else (0, "")
         remote = self.root / object_name(part)
-        if vouched and isinstance(remote, RemotePath):
+        if digest and isinstance(remote, RemotePath):
             remote.fetch(size, digest)
         return size
 
@@ -137,7 +143,7 @@ class BlockReader:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        blocks = _read_part(self.root, part, self.info.owners.of(part))
+        blocks = _read_part(self.root, part, self.info)
         self._open[part] = blocks
         if len(self._open) > _OPEN_PARTS:
             self._open.popitem(last=False)
@@ -163,40 +169,80 @@ def require_targets(reader: BlockReader, ranges: Sequence[tuple[int, int]]) -> N
     )  # fmt: skip
 
 
-def _read_part(root: Root, part: int, identity_fingerprint: str) -> TokenBlocks:
-    path = root / object_name(part)
-    vouched = manifest.load(root, part, identity_fingerprint)
+def _read_part(root: Root, part: int, info: CorpusInfo) -> TokenBlocks:
+    name = object_name(part)
+    path, owner = root / name, info.owners.of(part)
+    vouched = manifest.load(root, part, owner)
     missing = MissingShard(
         "a part of the corpus is missing", where=path,
         todo="run `scholiast repair` and then `scholiast prepare`",
     )  # fmt: skip
     if vouched is None:
         raise missing
-    size, digest = vouched.objects[object_name(part)]
+    if name not in vouched.objects:
+        raise _corrupt(path, "the manifest of a part of the corpus names another file")
+    manifest.require_inside(root, name)
+    size, digest = vouched.objects[name]
 
     def whole() -> bytes:
         with os.fdopen(open_object(path, size, digest), "rb") as file:
-            return file.read()
+            return file.read(size + 1)
 
     try:
         data = durable.patiently(whole, path)
     except FileNotFoundError:
         raise missing from None
-    if bytes_sha256(data) != digest:
-        raise CorruptShard(
-            "a part of the corpus has bytes that were not written there", where=path,
-            todo="run `scholiast repair` and then `scholiast prepare`: that part is made anew",
-        )  # fmt: skip
-    batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+    except OSError as error:
+        raise unreadable("a part of the corpus", error, path, _TODO) from error
+    if len(data) != size or bytes_sha256(data) != digest:
+        raise _corrupt(path, "a part of the corpus has bytes that were not written there")
+    first, last = info.part_range(part)
+    try:
+        blocks = _decoded(data, np.arange(first, last), info.block_length)
+    except _ARROW_ERRORS as error:  # its checksum is its manifest's: it was written wrong
+        raise _corrupt(path, f"a part of the corpus cannot be read: {_line(error)}") from error
+    if blocks.tokens.min() < 0 or blocks.tokens.max() >= info.vocab_size:
+        raise _corrupt(path, "a part of the corpus has tokens that the tokenizer does not know")
+    return blocks
 
-    def matrix(name: str) -> AnyArray:
-        column = batch.column(name).chunk(0)
-        flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(column), -1)
 
-    ids = batch.column("block_id").to_numpy()
-    mask: Bool = matrix("loss_mask").astype(bool)
-    return TokenBlocks(
-        ids, matrix("tokens").astype(np.int32), matrix("document").astype(np.int64),
-        matrix("offset").astype(np.int64), mask,
-    )  # fmt: skip
+_TODO = "run `scholiast repair` and then `scholiast prepare`: that part is made anew"
+_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError)
+_COLUMNS = {
+    "tokens": pa.int32(), "document": pa.int64(), "offset": pa.int64(), "loss_mask": pa.bool_(),
+}  # fmt: skip
+
+
+def _decoded(data: bytes, block_ids: Int64, block_length: int) -> TokenBlocks:
+    """Returns the blocks of an Arrow file, of exactly this shape.
+
+    Raises:
+        ValueError and what else Arrow raises: the file is not one of ours.
+    """
+    file = pa.ipc.open_file(pa.py_buffer(data))
+    width = block_length + 1
+    expected = {name: pa.list_(kind, width) for name, kind in _COLUMNS.items()}
+    found = {field.name: field.type for field in file.schema}
+    if found != {"block_id": pa.int64(), **expected} or file.num_record_batches != 1:
+        raise ValueError("another table")
+    batch = file.get_batch(0)
+    batch.validate(full=True)
+    if batch.num_rows != len(block_ids) or any(column.null_count for column in batch.columns):
+        raise ValueError("rows are missing")
+    if not np.array_equal(batch.column("block_id").to_numpy(), block_ids):
+        raise ValueError("other blocks")
+    columns = {}
+    for name in _COLUMNS:
+        values = batch.column(name).flatten()
+        if values.null_count or len(values) != len(block_ids) * width:
+            raise ValueError(f"{name}: values are missing")
+        columns[name] = np.array(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
+    return TokenBlocks(block_ids, **columns)
+
+
+def _corrupt(path: Root, what: str) -> CorruptShard:
+    return CorruptShard(what, where=path, todo=_TODO)
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

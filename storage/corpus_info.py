@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,16 @@ from typing import Any
 import numpy as np
 
 from storage import durable, manifest
-from storage.checked import read_checked
+from storage.checked import nonsense, parse, read_bounded, read_checked, typed
 from storage.errors import CorpusError
 from storage.fingerprint import canonical_json, fingerprint
-from storage.generations import Generation, part_range, parts_until
+from storage.generations import (
+    Generation,
+    part_range,
+    parts_until,
+    require_countable,
+    require_generations,
+)
 from storage.remote import Root
 from storage.types import Int64
 
@@ -139,10 +144,10 @@ def save_begun(
 def load_begun(root: Root) -> tuple[dict[str, Any], list[tuple[int, str]]] | None:
     """Returns (identity, generations) of what was begun at `root`, None if that cannot be told."""
     try:
-        body = json.loads((root / "begun.json").read_bytes())
+        body = parse(read_bounded(root / "begun.json"))
         generations = [(int(n), str(owner)) for n, owner in body["generations"]]
         whole = generations[-1][1] == fingerprint(body["identity"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return None
     return (body["identity"], generations) if whole else None
 
@@ -158,21 +163,58 @@ def load_info(root: Root) -> CorpusInfo | None:
     """Returns what `corpus.json` states, or None if the corpus is not complete.
 
     Raises:
-        CorruptShard: the file's own checksum does not hold.
+        CorruptShard: the file's own checksum does not hold, or it states what cannot be.
         CorpusError: it was written by another version of the format.
     """
     path = root / "corpus.json"
     body = read_checked(path, "prepare")
     if body is None:
         return None
-    if body.pop("format") != FORMAT:
+    if body.pop("format", None) != FORMAT:
         raise CorpusError(
             "the corpus has another format", where=path, expected=f"format {FORMAT}",
             todo="delete the corpus folder and run `scholiast prepare` again",
         )  # fmt: skip
-    body["sources"] = tuple(SourceRange(**s) for s in body["sources"])
-    body["generations"] = tuple(CorpusGeneration(**g) for g in body["generations"])
-    return CorpusInfo(**body)
+    try:
+        info = typed(CorpusInfo, body)
+        _require_possible(info)
+    except ValueError as error:
+        raise nonsense(path, error, "prepare") from None
+    return info
+
+
+def _require_possible(info: CorpusInfo) -> None:
+    """Refuses what no corpus is, before anything is counted out or allocated by it.
+
+    Raises:
+        ValueError: says what.
+    """
+    if not 1 <= info.block_length <= 1 << 24 or not 1 <= info.vocab_size <= 1 << 31:
+        raise ValueError(f"blocks of {info.block_length:,} of {info.vocab_size:,} ids")
+    if not info.generations or not info.sources:
+        raise ValueError("no generations, or no sources")
+    require_countable(0, info.blocks, info.blocks_per_part)
+    require_generations(info.generations, info.blocks_per_part, info.blocks)
+    require_countable(info.parts, info.blocks, info.blocks_per_part)
+    spans = [_span(g, info.blocks_per_part) for g in info.generations]
+    end = 0
+    for source in info.sources:
+        first, last = source.first_block, source.first_block + source.blocks
+        inside = any(low <= first and last <= high for low, high in spans)
+        if source.blocks < 0 or (source.blocks and not (first >= end and inside)):
+            raise ValueError(f"blocks {first:,} to {last:,} of {source.domain[:40]!r}")
+        if source.documents < 0 or source.tokens < 0:
+            raise ValueError(f"a negative count of {source.domain[:40]!r}")
+        end = max(end, last if source.blocks else end)
+    digests = [info.fingerprint, info.tokenizer]
+    digests += [text for g in info.generations for text in (g.fingerprint, g.identity)]
+    if not all(len(text) == 64 for text in digests):
+        raise ValueError("a fingerprint that is none")
+
+
+def _span(generation: Generation, width: int) -> tuple[int, int]:
+    first = generation.first_part * width
+    return first, first + generation.blocks
 
 
 def stored_bytes(root: Root, info: CorpusInfo) -> tuple[int, int]:

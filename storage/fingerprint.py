@@ -51,8 +51,9 @@ class HashMemo:
         self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = {}
         # A memo that cannot be read costs a second hashing, nothing else.
-        with contextlib.suppress(OSError, ValueError):
-            self._known = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = json.loads(path.read_text())
+            self._known = known if isinstance(known, dict) else {}
 
     def sha256(self, path: Path) -> str:
         """Returns the sha256 of the file at `path`, read only if it changed since last asked."""
@@ -60,7 +61,7 @@ class HashMemo:
         stat = real.stat()
         key = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         entry = self._known.get(str(real))
-        if entry is not None and entry[:3] == key:
+        if isinstance(entry, list) and len(entry) == 4 and entry[:3] == key:
             return str(entry[3])
         digest = file_sha256(real)
         self._known[str(real)] = [*key, digest]

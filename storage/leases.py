@@ -243,7 +243,7 @@ def sweep(root: Path, done: Collection[int], all_done: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     for name in _names(folder):
-        if name.isdigit() and int(name) in done:
+        if name.isdecimal() and int(name) in done:
             with contextlib.suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
 
@@ -265,7 +265,7 @@ def leases(root: Path) -> list[Lease]:
     """Returns the leases of a cache, by part; their ages by this host's clock where the folder cannot be
     written to: not one's own, a read-only mount, a full disk or quota."""
     folder = root / FOLDER
-    parts = sorted(int(name) for name in _names(folder) if name.isdigit())
+    parts = sorted(int(name) for name in _names(folder) if name.isdecimal())
     if not parts:
         return []
     try:
@@ -284,8 +284,8 @@ def failures(root: Path) -> dict[int, dict[str, Any]]:
 def _failures(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for name in sorted(_names(folder)):
         number, point, rest = name.partition(".")
-        if number.isdigit() and point + rest == _FAILED:
-            with contextlib.suppress(OSError, ValueError):
+        if number.isdecimal() and point + rest == _FAILED:
+            with contextlib.suppress(OSError, ValueError, RecursionError):
                 yield int(number), json.loads((folder / name).read_bytes())
 
 
@@ -322,8 +322,9 @@ def _holder(path: Path) -> Holder | None:
 def _understood(data: bytes) -> Holder | None:
     try:
         body = json.loads(data)
-        return Holder(**{f.name: body[f.name] for f in fields(Holder)})
-    except (ValueError, KeyError, TypeError):
+        holder = Holder(**{f.name: body[f.name] for f in fields(Holder)})
+        return holder if isinstance(holder.lifetime, int | float) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # not written yet
 
 

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ class LocalCache:
             CorruptShard: what was fetched, twice, is not the object.
             DiskFull: no space.
         """
+        if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a file here
+            raise CorruptShard("a manifest states no sha256", where=where, found=digest[:80])
         path = self.folder / digest[:2] / digest
         while True:
             with contextlib.suppress(FileNotFoundError):

@@ -10,7 +10,6 @@ read.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from bisect import bisect_right
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage import durable
+from storage import checked, durable
 from storage.errors import CorruptShard, MissingShard, StaleCache, unreadable
 from storage.fingerprint import canonical_json, file_sha256, fingerprint
 from storage.remote import RemotePath, Root
@@ -37,7 +36,8 @@ REMOTE_SAMPLE = 32
 """The same where each takes a request to a store."""
 
 _DIGITS = 19  # of a part's number: fewer fit into int64
-_NAME = re.compile(r"(\d{6,})-([0-9a-f]{12})\.json")
+_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{12})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 REDO = (
     "run `scholiast repair`, which drops that part alone, and then `scholiast cache-teachers` (of a "
@@ -252,37 +252,82 @@ def read(path: Root) -> Manifest | None:
 
 def _bytes(path: Root) -> bytes | None:
     try:
-        return durable.patiently(path.read_bytes, path)
+        return durable.patiently(lambda: checked.read_bounded(path), path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable("a manifest", error, path, REDO) from error
+    except ValueError as error:
+        raise CorruptShard(
+            "a manifest is far too large", where=path, found=error, todo=REDO
+        ) from None
 
 
 def parse(path: Root, data: bytes) -> Manifest:
     """Returns the manifest that a file's bytes are (see `read` for what is raised)."""
     try:
-        body = json.loads(data)
-        checksum = body.pop("sha256")
-        whole = checksum == fingerprint(body)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
+        body = checked.parse_signed(data)
+    except ValueError:
         raise CorruptShard(
             "a manifest's bytes are not those that were written", where=path, todo=REDO
-        )
-    body["objects"] = {p: (int(size), str(digest)) for p, (size, digest) in body["objects"].items()}
-    if outside := [name for name in body["objects"] if not _below(name)]:
+        ) from None
+    try:
+        manifest = checked.typed(Manifest, body)
+        _require_possible(manifest)
+    except ValueError as error:
+        raise CorruptShard(
+            "a manifest states what cannot be", where=path, found=checked.reason(error), todo=REDO
+        ) from None
+    if outside := [name for name in manifest.objects if not _below(name)]:
         raise CorruptShard(
             "a manifest names a file outside its folder", where=path, found=outside[0], todo=REDO
         )
-    return Manifest(**body)
+    return manifest
+
+
+def _require_possible(manifest: Manifest) -> None:
+    """Refuses numbers and digests that no part has; a digest also names a file of the local cache.
+
+    Raises:
+        ValueError: says which.
+    """
+    digests = [manifest.fingerprint, *(digest for _, digest in manifest.objects.values())]
+    if strange := [digest for digest in digests if not _SHA256.fullmatch(digest)]:
+        raise ValueError(f"no sha256: {strange[0]!r}")
+    numbers = [manifest.part, manifest.first_block, manifest.blocks]
+    numbers += [size for size, _ in manifest.objects.values()]
+    if not all(0 <= number < 1 << 63 for number in numbers):
+        raise ValueError("a number is negative, or larger than any there is")
 
 
 def _below(name: str) -> bool:
     """Returns whether a path names something below the folder that it is relative to."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def stays_inside(root: Path, name: str) -> bool:
+    """Returns whether what a path below `root` names lies there: no link on its way leads out.
+
+    `root` itself may be a link, and lie behind links.
+    """
+    try:
+        return (root / name).resolve().is_relative_to(root.resolve())
+    except RuntimeError:  # a link to itself
+        return False
+
+
+def require_inside(root: Root, name: str) -> None:
+    """Refuses a file below a folder that is really elsewhere.
+
+    Raises:
+        CorruptShard: a link on its way leads out.
+    """
+    if isinstance(root, Path) and not stays_inside(root, name):
+        raise CorruptShard(
+            "a link leads out of the folder", where=root / name,
+            todo="put the file itself there, or take the link away and run `scholiast repair`",
+        )  # fmt: skip
 
 
 def stands(root: Root, part: int, expected: str) -> bool:

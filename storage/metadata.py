@@ -6,14 +6,14 @@ other people read with, looks nowhere else.
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storage import durable
+from storage.checked import parse, read_bounded
 from storage.errors import CorruptShard, unreadable
 from storage.fingerprint import canonical_json
 from storage.layout import GROUP, Layout, create_group
@@ -53,14 +53,14 @@ def altered_metadata(root: Path, layout: Layout, orders: IdOrders) -> dict[str, 
     for name, expected in group_metadata(layout, orders).items():
         what = "the table of levels" if name == LEVELS else "the array's metadata"
         try:
-            found = durable.patiently((root / name).read_bytes, root / name)
+            found = durable.patiently(partial(read_bounded, root / name), root / name)
             if name != LEVELS:
-                found, expected = (canonical_json(json.loads(x)) for x in (found, expected))
+                found, expected = (canonical_json(parse(x)) for x in (found, expected))
         except FileNotFoundError:
             problems[name] = f"{what}: the file is missing"
         except OSError as error:
             problems[name] = unreadable(what, error, name).what
-        except ValueError:
+        except (ValueError, RecursionError):
             problems[name] = f"{what}: no JSON"
         else:
             if found != expected:
@@ -83,8 +83,8 @@ def require_metadata(root: Path, layout: Layout, orders: IdOrders) -> None:
 def stored_layout(root: Path) -> Any:
     """Returns {format, layout} as the group under `root` states it, None if it cannot be read."""
     try:
-        data = durable.patiently((root / GROUP / NAME).read_bytes, root)
-        return json.loads(data)["attributes"]["scholiast"]
+        data = durable.patiently(lambda: read_bounded(root / GROUP / NAME), root)
+        return parse(data)["attributes"]["scholiast"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

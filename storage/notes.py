@@ -33,6 +33,7 @@ from storage.types import (
     TokenStats,
 )
 
+_ROUNDING = 1e-3  # nats above 0 that a float32 softmax does not reach
 STATISTICS = ("entropy", "log_tail_mass", "gold_logprob", "log_z")
 
 
@@ -169,7 +170,8 @@ class NotesDecoder:
     Args:
         layout, orders: of the cache.
 
-    Every method raises IndexError where a code stands for nothing, which only a writer's mistake makes.
+    Every method raises IndexError where a code stands for nothing, or a float for no logprob, which only
+    a writer's mistake or its malice makes.
     Sums beyond 16 bits wrap and may go unseen here: `require_codes` finds them, too.
     """
 
@@ -190,6 +192,8 @@ class NotesDecoder:
             if self._layout.top_p < 1:
                 index[logprobs == 0] = 0
             logprobs = self._levels[index]
+        else:
+            _require_logprobs(logprobs)
         return SparseLogits(ids.swapaxes(1, 2), logprobs.swapaxes(1, 2))
 
     def draws(self, arrays: Mapping[str, AnyArray]) -> TailDraws:
@@ -204,12 +208,18 @@ class NotesDecoder:
             np.multiply(stored, np.float32(-DRAW_STEP), out=logprobs)
             np.add(logprobs, floor, out=logprobs)
             np.maximum(logprobs, np.float32(LOG_ZERO), out=logprobs)
+        else:
+            _require_logprobs(logprobs)
         return TailDraws(ids, logprobs.swapaxes(1, 2))
 
     def stats(self, arrays: Mapping[str, AnyArray]) -> TokenStats:
         """Returns the statistics with their signs; NaN for those that the cache does not hold."""
         decode, grid = self._layout.codecs.statistics.decode, self._layout.temperatures
         count, length = arrays["log_tail_mass"].shape
+        if self._layout.codecs.exact:
+            for name in STATISTICS[: 4 if grid else 3]:
+                if name not in self._layout.missing:
+                    _require_logprobs(-arrays[name])
         log_z = np.empty((count, len(grid), length), np.float32)
         for i, temperature in enumerate(grid):  # Σ p^(1/τ) is above 1 for τ > 1 and below for τ < 1
             np.multiply(
@@ -237,6 +247,11 @@ class NotesDecoder:
         ids: Int32 = empty(gaps.shape, np.int32)
         ids[...] = self._ids[index]
         return ids
+
+
+def _require_logprobs(values: AnyArray) -> None:
+    if values.size and not float(values.max()) <= _ROUNDING:  # NaN is not either
+        raise IndexError(f"a logprob of {float(values.max())}")
 
 
 def sum_gaps(gaps: AnyArray) -> None:

@@ -111,8 +111,13 @@ class IdOrders:
 
 def class_count(rows: int, vocab_size: int) -> int:
     """Returns C for that many rows to learn from: a power of two, at least 1."""
-    wanted = min(MAX_CLASSES, max(1, rows // TOKENS_A_CLASS), max(1, _TABLE // vocab_size))
+    wanted = min(max(1, rows // TOKENS_A_CLASS), most_classes(vocab_size))
     return 1 << (wanted.bit_length() - 1)
+
+
+def most_classes(vocab_size: int) -> int:
+    """Returns how many classes the orders of a vocabulary have at most."""
+    return min(MAX_CLASSES, max(1, _TABLE // vocab_size))
 
 
 def learn_orders(ids: AnyArray, vocab_size: int) -> IdOrders:

@@ -60,6 +60,7 @@ def push(
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
     for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
+            manifest.require_inside(root, name)  # what lies elsewhere is not to be sent along
             sent += copy.put(name)
     return sent
 
@@ -98,7 +99,7 @@ class _Copy:
             return 0
         if self.dry_run:
             return size
-        _require_whole(self.root / name, size, sha256)
+        _require_whole(self.root, name, size, sha256)
         return self.put(name)
 
     def put(self, name: str) -> int:
@@ -147,7 +148,9 @@ def _require_sound(root: Path) -> str | None:
     return digest(orders)
 
 
-def _require_whole(path: Path, size: int, sha256: str) -> None:
+def _require_whole(root: Path, name: str, size: int, sha256: str) -> None:
+    manifest.require_inside(root, name)
+    path = root / name
     if not path.exists():
         raise MissingShard(
             "a file that its manifest vouches for is missing", where=path, todo=_TODO

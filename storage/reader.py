@@ -6,11 +6,12 @@ times slower; here a missing chunk raises. Equality with zarr-python is tested.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,9 +123,11 @@ class CacheReader:
             IncompleteCache: a block's part is not done.
             MissingShard, CorruptShard: its bytes are not those that were written.
         """
-        spec = self._specs[name]
-        out = empty((len(block_ids), *spec.shape[1:]), spec.dtype)
-        for row, block in enumerate(block_ids.tolist()):
+        spec, blocks = self._specs[name], block_ids.tolist()
+        if blocks:  # a shard as long as its index is there before memory is asked for
+            self._shard(name, self.layout.part_of(blocks[0]))
+        out = empty((len(blocks), *spec.shape[1:]), spec.dtype)
+        for row, block in enumerate(blocks):
             part = self.layout.part_of(block)
             index = block - part * self.layout.blocks_per_part
             self._shard(name, part).read_into(index, out[row])
@@ -140,15 +143,9 @@ class CacheReader:
             IncompleteCache, MissingShard, CorruptShard
         """
         layout, packed = self.layout, self.packed(block_ids)
-        try:
+        with self._decoding():
             head, stats = self._decoder.head(packed), self._decoder.stats(packed)
             draws = self._decoder.draws(packed) if layout.draws else None
-        except IndexError as error:
-            raise CorruptShard(
-                f"notes of teacher {self.name!r} were written wrong", where=self.root,
-                expected="ranks and levels that exist", found=error,
-                todo="run `scholiast verify --deep`",
-            ) from error  # fmt: skip
         features = PooledFeatures(packed["feature_count"], {})
         for name, (pooling, layer) in layout.feature_names().items():
             if name in packed:
@@ -159,7 +156,20 @@ class CacheReader:
     def stats(self, block_ids: Int64) -> TokenStats:
         """Returns the statistics alone."""
         names = [name for name in STATISTICS if name in self._specs]
-        return self._decoder.stats({name: self.array(name, block_ids) for name in names})
+        stored = {name: self.array(name, block_ids) for name in names}
+        with self._decoding():
+            return self._decoder.stats(stored)
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[None]:
+        try:
+            yield
+        except IndexError as error:
+            raise CorruptShard(
+                f"notes of teacher {self.name!r} were written wrong", where=self.root,
+                expected="ranks and levels that exist", found=error,
+                todo="run `scholiast verify --deep`",
+            ) from error  # fmt: skip
 
     def packed(self, block_ids: Int64) -> dict[str, AnyArray]:
         """Returns every array's blocks as stored, [n, …]: what `NotesDecoder` makes notes of."""
@@ -180,6 +190,7 @@ class CacheReader:
         vouched = self._part(part)
         if path not in vouched.objects:
             raise self._wrong_part(part, f"{path} in its manifest", "no such file")
+        manifest.require_inside(self.root, path)
         shard = Shard(self.root / path, spec, part, vouched.objects[path])
         self._shards[key] = shard
         while len(self._shards) > max_open():
@@ -195,6 +206,8 @@ class CacheReader:
         total, vouched = 0, self._require_part(part)
         for name in self._wanted:
             path = shard_name(name, part, len(self._specs[name].shape))
+            if path not in vouched.objects:
+                raise self._wrong_part(part, f"{path} in its manifest", "no such file")
             size, digest = vouched.objects[path]
             remote = self.root / path
             if isinstance(remote, RemotePath):

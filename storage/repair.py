@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from storage import durable
 from storage.corpus_info import save_begun
+from storage.manifest import stays_inside
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store, generations_of
 from storage.tables import digest, order_paths, restore
@@ -61,7 +62,7 @@ def plan_repair(report: Report, clean: bool = False) -> list[Action]:
         actions += [Action("delete", path, f"part {part}") for path in sorted(bad)]
     if clean:
         actions += [Action("delete", f.path, "left behind") for f in report.leftovers if f.ours]
-    return [a for a in dict.fromkeys(actions) if a.verb == "write" or _there(store, a.path)]
+    return [a for a in dict.fromkeys(actions) if _ours(store, a)]
 
 
 def repair(report: Report, clean: bool = False) -> list[Action]:
@@ -87,13 +88,18 @@ def unmended(report: Report) -> list[Problem]:
     return [problem for problem in report.problems if problem.mend == "none"]
 
 
-def _there(store: Store, path: str) -> bool:
-    return (store.root / path).exists()
+def _ours(store: Store, action: Action) -> bool:
+    """Returns whether there is something to do, and in the store itself: behind a link that leads out
+    of it lies what is another's."""
+    path = store.root / action.path
+    there = path.exists() or path.is_symlink()
+    inside = stays_inside(store.root, str(PurePosixPath(action.path).parent))
+    return inside and (there or action.verb == "write")
 
 
 def _write(store: Store, path: str) -> None:
-    if (store.root / path).is_dir():  # where a file should be
-        shutil.rmtree(store.root / path)
+    if (store.root / path).is_dir() or (store.root / path).is_symlink():  # where a file should be
+        _delete(store.root / path)
     if path == BEGUN and store.info is not None:
         save_begun(store.root, store.info.identity, generations_of(store.info))
     elif store.layout is not None and path in order_paths():

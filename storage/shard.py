@@ -82,8 +82,8 @@ class Shard:
         """Returns offset and bytes of each chunk, in turn; all lie before the index."""
         size = 16 * entries + 4
         begin = os.fstat(self._fd).st_size - size
-        tail = os.pread(self._fd, size, max(0, begin))
-        if begin < 0 or len(tail) != size:
+        tail = os.pread(self._fd, size, begin) if begin >= 0 else b""  # nothing is allocated unseen
+        if len(tail) != size:
             raise self._corrupt("a shard is shorter than its index")
         self._check(tail, "a shard's index")
         index = np.frombuffer(tail, "<u8", 2 * entries).reshape(-1, 2)

@@ -3,7 +3,7 @@ has, which files each part consists of."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import numpy as np
 
 from storage import manifest
 from storage.blocks import object_name
+from storage.checked import parse
 from storage.corpus_info import CorpusInfo, load_begun, load_info
 from storage.durable import patiently
 from storage.errors import CorruptShard, ScholiastError, unreadable
@@ -30,7 +31,7 @@ from storage.writer import open_cache, owners
 CACHE, CORPUS = "cache", "corpus"
 INFO = {CACHE: "cache.json", CORPUS: "corpus.json"}
 BEGUN = "begun.json"
-MANIFEST = re.compile(r"(\d{6,})-[0-9a-f]{12}\.json")
+MANIFEST = re.compile(r"([0-9]{6,})-[0-9a-f]{12}\.json")
 
 Mend = Literal["redo", "rewrite", "restore", "drop", "none"]
 
@@ -202,10 +203,10 @@ def _orders(
         lose = (
             "; its other copy is lost too: delete this cache's folder and cache the teacher again"
         )
-        lost = altered_orders(root, order_names())
+        lost = altered_orders(root, layout, order_names())
         problems += [Problem(None, path, what + lose, "none") for path, what in lost.items()]
         return None
-    altered = altered_orders(root, found[1])
+    altered = altered_orders(root, layout, found[1])
     problems += [Problem(None, path, what, "restore") for path, what in altered.items()]
     return found[0]
 
@@ -250,8 +251,9 @@ def not_canonical(root: Path, name: str, mend: Mend, part: int | None = None) ->
     """Finds what a JSON parser passes over: bytes that are not the canonical text."""
     try:
         data = (root / name).read_bytes()
-        if canonical_json(json.loads(data)) == data:
-            return []
+        with contextlib.suppress(ValueError, RecursionError):
+            if canonical_json(parse(data)) == data:
+                return []
     except OSError as error:
         return [Problem(part, name, unreadable("the file", error, name).what, mend)]
     return [Problem(part, name, "the file's bytes are not those that were written", mend)]

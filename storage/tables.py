@@ -20,9 +20,10 @@ import numpy as np
 from pcodec import standalone
 
 from storage import durable, manifest
+from storage.checked import read_bounded
 from storage.errors import CorruptShard, MissingShard, ScholiastError, unreadable
 from storage.layout import Layout, order_names
-from storage.orders import NEAR, IdOrders
+from storage.orders import NEAR, IdOrders, most_classes
 from storage.remote import Root
 from storage.types import AnyArray
 
@@ -92,13 +93,13 @@ def carried_orders(root: Path, owners: manifest.Owners) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-def altered_orders(root: Path, sources: Sequence[str]) -> dict[str, str]:
+def altered_orders(root: Path, layout: Layout, sources: Sequence[str]) -> dict[str, str]:
     """Returns which of the four files differ from those to go by: path → one sentence."""
     problems = {}
     for name, source in zip(order_names(), sources, strict=True):
         for path in (name, spare_name(name)):
             try:
-                read_table(root / path)
+                read_table(root / path, layout.vocab_size)
                 if (root / path).read_bytes() != (root / source).read_bytes():
                     problems[path] = "other orders of ids than the parts were written with"
             except ScholiastError as error:
@@ -107,13 +108,21 @@ def altered_orders(root: Path, sources: Sequence[str]) -> dict[str, str]:
 
 
 def _load(root: Root, layout: Layout, names: Sequence[str]) -> IdOrders:
-    near, far = (read_table(root / name) for name in names)
-    depth = min(NEAR, layout.vocab_size)
-    if near.size % depth or max(near.max(), far.max()) >= layout.vocab_size:
+    vocab = layout.vocab_size
+    near, far = (read_table(root / name, vocab) for name in names)
+    depth = min(NEAR, vocab)
+    if near.size % depth or max(near.max(), far.max()) >= vocab:
         raise _corrupt(root / names[0], "the orders of ids do not fit the vocabulary")
-    return IdOrders(
-        near.reshape(-1, depth).astype(np.int32), far.astype(np.int32), layout.vocab_size
-    )
+    rows = near.reshape(-1, depth)
+    if len(rows) > most_classes(vocab):
+        raise _corrupt(root / names[0], "more classes than there can be")
+    if not all(_distinct(row, vocab) for row in (far, *rows)):
+        raise _corrupt(root / names[0], "an order of ids names an id twice")
+    return IdOrders(rows.astype(np.int32), far.astype(np.int32), vocab)
+
+
+def _distinct(ids: AnyArray, vocab_size: int) -> bool:
+    return int(np.bincount(ids, minlength=vocab_size).max()) == 1
 
 
 def digest(orders: IdOrders) -> str:
@@ -122,26 +131,36 @@ def digest(orders: IdOrders) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(path: Root) -> AnyArray:
-    """Returns the values of an unsharded Zarr array's only chunk, flat.
+def read_table(path: Root, vocab_size: int) -> AnyArray:
+    """Returns the values of an unsharded Zarr array's only chunk, flat: uint16, or uint32 of a vocabulary
+    beyond 65,536.
+
+    pcodec is given the memory for the largest table there is: asked to find out by itself how much a
+    chunk takes, it believes the chunk, and a damaged one ends the process.
 
     Raises:
         MissingShard, CorruptShard
     """
+    largest = max(vocab_size, most_classes(vocab_size) * min(NEAR, vocab_size))
     try:
-        data = durable.patiently(path.read_bytes, path)
+        data = durable.patiently(lambda: read_bounded(path), path)
     except FileNotFoundError:
         raise MissingShard("the orders of ids are missing", where=path, todo=_TODO) from None
     except OSError as error:
         raise unreadable("the orders of ids", error, path, _TODO) from error
+    except ValueError as error:
+        raise _corrupt(path, f"the orders of ids are too large: {error}") from None
     body, stored = data[:-4], int.from_bytes(data[-4:], "little")
     if not body or google_crc32c.value(body) != stored:
         raise _corrupt(path, "the orders of ids fail their crc32c")
+    values: AnyArray = np.empty(largest, "uint16" if vocab_size <= 1 << 16 else "uint32")
     try:
-        values: AnyArray = standalone.simple_decompress(body)
+        progress = standalone.simple_decompress_into(body, values)
     except RuntimeError as error:
         raise _corrupt(path, f"the orders of ids cannot be decoded: {error}") from error
-    return values
+    if not progress.finished or not progress.n_processed:
+        raise _corrupt(path, "the orders of ids are more than there can be, or none")
+    return values[: progress.n_processed]
 
 
 def restore(root: Path, layout: Layout, carried: str | None = None) -> list[Path]:

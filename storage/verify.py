@@ -45,7 +45,7 @@ from storage.tables import digest, order_paths
 _OTHERS = {CACHE: {"log.jsonl"}, CORPUS: {BEGUN}}
 _WINDOW = 256  # parts whose manifests are held at once
 _DEEP_BLOCKS = 8  # blocks decoded at once
-_OBJECT = re.compile(rf"{re.escape(GROUP)}/[^/]+/c/(\d+)(/0)*|blocks/(\d{{6,}})\.arrow")
+_OBJECT = re.compile(rf"{re.escape(GROUP)}/[^/]+/c/([0-9]+)(/0)*|blocks/([0-9]{{6,}})\.arrow")
 _TEMPORARY = re.compile(
     r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp(/|$)|\.partial$|^\.commit\.lock$|^\.leases/"
 )
@@ -202,6 +202,8 @@ def _check_object(store: Store, job: tuple[int, str, tuple[int, str]]) -> Proble
     part, name, (size, digest) = job
     path = store.root / name
     try:
+        if not manifest.stays_inside(store.root, name):
+            return Problem(part, name, "a link leads out of the folder", "none")
         found = path.stat().st_size
         if found != size:
             return Problem(part, name, f"{found:,} bytes instead of {size:,}", "redo")

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from storage import durable, manifest
-from storage.checked import read_checked
+from storage.checked import nonsense, read_checked
 from storage.errors import CorruptShard, StaleCache
 from storage.fingerprint import canonical_json, describe_differences, fingerprint
 from storage.layout import (
@@ -43,19 +43,25 @@ def open_cache(root: Root) -> tuple[dict[str, Any], Layout] | None:
     """Returns (identity, layout) of the cache at `root`, or None if there is none.
 
     Raises:
-        CorruptShard: cache.json is not what was written.
+        CorruptShard: cache.json is not what was written, or states what cannot be.
         StaleCache: it was written by another version of the format.
     """
     path = root / "cache.json"
     body = read_checked(path, "cache-teachers")
     if body is None:
         return None
-    if body["format"] != FORMAT:
+    if body.get("format") != FORMAT:
         raise StaleCache(
             "the cache has another format", where=path, expected=f"format {FORMAT}",
-            found=f"format {body['format']}", todo="cache this teacher again in another folder",
+            found=f"format {body.get('format')}", todo="cache this teacher again in another folder",
         )  # fmt: skip
-    return body["identity"], Layout.from_dict(body["layout"])
+    try:
+        identity, layout = body.get("identity"), Layout.from_dict(body.get("layout"))
+        if not isinstance(identity, dict) or not isinstance(identity.get("corpus"), str):
+            raise ValueError("an identity that names no corpus")
+        return identity, layout
+    except ValueError as error:
+        raise nonsense(path, error, "cache-teachers") from None
 
 
 def is_imported(identity: Mapping[str, Any]) -> bool:

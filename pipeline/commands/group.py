@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from pipeline.terminal import harmless
 from storage.errors import ConfigError, ScholiastError, Stopped
 
 INTERRUPTED = 130
@@ -45,14 +46,14 @@ class ScholiastGroup(click.Group):
             ctx.exit(INTERRUPTED)
         except Stopped as stopped:
             if first_rank():
-                click.echo(str(stopped), err=True)
+                click.echo(harmless(stopped), err=True)
             ctx.exit(stopped.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if self._debug:
                 raise
-            click.echo(f"error: {_message(error)}", err=True)
+            click.echo(harmless(f"error: {_message(error)}"), err=True)
             ctx.exit(error.exit_code if isinstance(error, ScholiastError) else 1)
 
     def _invoke_with_bar(self, ctx: click.Context) -> Any:

@@ -18,6 +18,7 @@ from pipeline.commands.options import (
     tell,
     tell_actions,
 )
+from pipeline.terminal import for_output
 
 
 def _named_folders(
@@ -102,4 +103,4 @@ def generate(
         "student": student, "prompt": text, "continuation": continuation, "new_tokens": new_tokens,
         "temperature": temperature, "seed": seed,
     }  # fmt: skip
-    tell(as_json, facts, text + continuation)
+    tell(as_json, facts, for_output(text + continuation))

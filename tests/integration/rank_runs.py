@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from warm import warm_up
 
 from pipeline.cli import main
+from stages.checkpoint_pieces import PieceWriter
 from stages.train_student import Trainer
 
 SEED = 7
@@ -100,7 +100,7 @@ def befall(plan: Plan) -> None:
         if self.step + 1 == plan.fails:
             raise MemoryError("nothing is left")
         if self.step + 1 == plan.full_from:
-            FileSystemWriter.write_data = full  # type: ignore[method-assign]
+            PieceWriter.write_data = full  # type: ignore[method-assign]
         return optimize(self, *arguments, **named)
 
     Trainer._optimize = optimized  # type: ignore[method-assign]
@@ -161,7 +161,7 @@ def play(config: str, root: Path) -> dict[str, Any]:
     go("told", "alone", [Plan({12: signal.SIGTERM})])
     go("told", "rest", [calm])
 
-    flip(next(latest(root / "damaged").glob("__1_*.distcp")))
+    flip(next(latest(root / "damaged").glob("rank-00001.safetensors")))
     go("damaged", "two", two, **fsdp)
     go("damaged", "one", [calm])
     go("uneven", "three", [calm, calm, calm])

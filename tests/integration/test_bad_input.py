@@ -97,7 +97,7 @@ def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     config = lab.write()
     folder = lab.root / "run/students/fused"
     shutil.rmtree(folder / "model")
-    path = next((folder / "checkpoints").glob("step-00000006/*.distcp"))
+    path = next((folder / "checkpoints").glob("step-00000006/rank-*.safetensors"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_by_all(played: dict[str, Any]) -> None:
         ends = played["damaged"][name]
         assert codes(ends) == [1] * ranks
         assert all("bytes that were not written there" in text for _, text in ends)
-        assert all("__1_0.distcp" in text for _, text in ends)
+        assert all("rank-00001.safetensors" in text for _, text in ends)
 
 
 def test_an_error_on_one_rank_ends_all_with_its_text(played: dict[str, Any]) -> None:

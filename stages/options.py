@@ -74,8 +74,10 @@ class CorpusOptions(Options):
 
     tokenizer: str = Field(description="Folder or hub name of the tokenizer all models share.")
     tokenizer_revision: str | None = Field(None, description="Hub revision.")
-    block_length: Annotated[int, Field(ge=2)] = Field(1024, description="T, tokens of a block.")
-    blocks_per_part: Count = Field(
+    block_length: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
+        1024, description="T, tokens of a block."
+    )
+    blocks_per_part: Annotated[Count, Field(le=1 << 20)] = Field(
         64, description="Blocks of a part: the unit of work, of a shard and of a resume."
     )
     append_eos: bool = Field(True, description="End each plain-text document with the EOS token.")

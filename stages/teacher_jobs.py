@@ -31,6 +31,7 @@ from storage.errors import ConfigError, StaleCache, TeacherError
 from storage.fingerprint import HashMemo
 from storage.generations import Generation
 from storage.layout import FORMAT, POOLINGS, Layout
+from storage.limits import require_possible
 from storage.remote import Root, require_local
 from storage.types import Int64
 from storage.writer import is_imported, open_cache, owners, require_same
@@ -141,6 +142,13 @@ def _job(
         generations=generations_of(info),
         pooling=store.pooling if options.feature_layers else POOLINGS[:1],
     )  # fmt: skip
+    try:
+        require_possible(layout)  # or no reader would take what is written
+    except ValueError as error:
+        raise ConfigError(
+            "the cache would be larger than a cache can be", where=f"teachers.{name}", found=error,
+            todo="make store's numbers smaller, or cut the corpus into fewer or other parts",
+        ) from None  # fmt: skip
     identity = {
         "format": FORMAT,
         "corpus": info.fingerprint,

@@ -29,6 +29,7 @@ from storage.errors import (
 )
 from storage.fingerprint import bytes_sha256
 from storage.generations import part_of
+from storage.inside import require_inside
 from storage.remote import RemotePath, Root, open_object
 from storage.types import Int64, TokenBlocks
 
@@ -181,7 +182,7 @@ def _read_part(root: Root, part: int, info: CorpusInfo) -> TokenBlocks:
         raise missing
     if name not in vouched.objects:
         raise _corrupt(path, "the manifest of a part of the corpus names another file")
-    manifest.require_inside(root, name)
+    require_inside(root, name)
     size, digest = vouched.objects[name]
 
     def whole() -> bytes:

@@ -13,13 +13,8 @@ from storage import durable, manifest
 from storage.checked import nonsense, parse, read_bounded, read_checked, typed
 from storage.errors import CorpusError
 from storage.fingerprint import canonical_json, fingerprint
-from storage.generations import (
-    Generation,
-    part_range,
-    parts_until,
-    require_countable,
-    require_generations,
-)
+from storage.generations import Generation, part_range, parts_until
+from storage.limits import require_countable, require_generations
 from storage.remote import Root
 from storage.types import Int64
 

@@ -76,36 +76,3 @@ def blocks_of(generations: Sequence[Generation], width: int, parts: Sequence[int
         if (chosen == last).any():
             count += generation.blocks - (last + 1 - generation.first_part) * width
     return count
-
-
-MOST_PARTS, MOST_BLOCKS = 10_000_000, 1 << 30
-"""Ten times the parts that planning is measured with; blocks of 1,024 tokens: 10^12 tokens."""
-
-
-def require_countable(parts: int, blocks: int, width: int) -> None:
-    """Refuses numbers that would be counted out in memory, whatever file claims them.
-
-    Raises:
-        ValueError: says which.
-    """
-    if not 1 <= width <= 1 << 20 or parts > MOST_PARTS or blocks > MOST_BLOCKS:
-        raise ValueError(f"{blocks:,} blocks in {parts:,} parts of {width:,}")
-
-
-def require_generations(generations: Sequence[Generation], width: int, blocks: int) -> None:
-    """Refuses generations that overlap, or that do not hold as many blocks as there are.
-
-    Args:
-        width: P, blocks of a part.
-        blocks: of all generations together.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    if not 0 < width or any(g.blocks < 1 for g in generations):
-        raise ValueError("a generation without blocks")
-    begins = [0, *(parts_until(generations[: i + 1], width) for i in range(len(generations) - 1))]
-    if [g.first_part for g in generations] != begins:
-        raise ValueError("generations that do not follow one another")
-    if sum(g.blocks for g in generations) != blocks:
-        raise ValueError(f"generations of other than {blocks:,} blocks")

@@ -6,7 +6,6 @@ compressed by pcodec (lossless) and carries a crc32c; so does each shard's index
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,22 +23,13 @@ from storage.generations import (
     part_of,
     part_range,
     parts_until,
-    require_countable,
-    require_generations,
 )
+from storage.limits import require_possible
 from storage.orders import NEAR, IdOrders
 from storage.types import AnyArray
 
 FORMAT = 2
 GROUP = "notes.zarr"
-MOST, MOST_BYTES = 4096, 1 << 31
-"""Most layers and temperatures; most bytes of one block of an array."""
-_LIMITS = {
-    "blocks": (1, 1 << 40), "blocks_per_part": (1, 1 << 20), "block_length": (1, 1 << 24),
-    "vocab_size": (1, 1 << 24), "k": (1, 1 << 24), "draws": (0, 1 << 24), "segments": (1, 1 << 24),
-    "hidden_size": (0, 1 << 24), "seed": (-(1 << 64), 1 << 64),
-}  # fmt: skip
-"""Least and most of a layout's whole numbers: what a file claims beyond them is refused unread."""
 POOLINGS = ("mean", "last")
 """What a segment's features may be, in the order in which a layout names them."""
 OPTIONAL = ("entropy", "gold_logprob")
@@ -234,41 +224,12 @@ class Layout:
             ValueError: they state none that could be, by type or by size.
         """
         layout = typed(cls, value)
-        layout._require_possible()
+        if not layout.pooling or layout.pooling != tuple(
+            p for p in POOLINGS if p in layout.pooling
+        ):
+            raise ValueError(f"pooling {list(layout.pooling)[:8]}")
+        require_possible(layout)
         return layout
-
-    def _require_possible(self) -> None:
-        """Refuses what no writer of ours makes, before an array is allocated by it.
-
-        Raises:
-            ValueError: says which number.
-        """
-        whole = {name: getattr(self, name) for name in _LIMITS}
-        beyond = [n for n, value in whole.items() if not _LIMITS[n][0] <= value <= _LIMITS[n][1]]
-        if beyond:
-            raise ValueError(f"{beyond[0]} is {whole[beyond[0]]}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"no such preset: {self.preset!r}")
-        if self.k > self.vocab_size or self.segments > self.block_length:
-            raise ValueError("more entries than ids, or more segments than tokens")
-        if not 0 < self.top_p <= 1 or not all(0 < t < math.inf for t in self.temperatures):
-            raise ValueError("top_p or a temperature is out of range")
-        if len(self.temperatures) > MOST or len(self.feature_layers) > MOST:
-            raise ValueError(f"more than {MOST} temperatures or layers")
-        layers = self.feature_layers
-        if len(set(layers)) != len(layers) or not all(0 < n <= MOST for n in layers):
-            raise ValueError(f"layers {list(layers)[:8]}")
-        if not self.pooling or self.pooling != tuple(p for p in POOLINGS if p in self.pooling):
-            raise ValueError(f"pooling {list(self.pooling)[:8]}")
-        if self.generations:
-            require_generations(self.generations, self.blocks_per_part, self.blocks)
-        require_countable(self.parts, self.blocks, self.blocks_per_part)
-        largest = max(
-            np.dtype(spec.dtype).itemsize * math.prod(spec.shape[1:])
-            for spec in self.arrays().values()
-        )
-        if largest > MOST_BYTES:
-            raise ValueError(f"one block of an array takes {largest:,} bytes")
 
 
 def feature_name(pooling: str, layer: int) -> str:

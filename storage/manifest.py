@@ -15,7 +15,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from storage import checked, durable
 from storage.errors import CorruptShard, MissingShard, StaleCache, unreadable
 from storage.fingerprint import canonical_json, file_sha256, fingerprint
+from storage.inside import is_below
 from storage.remote import RemotePath, Root
 from storage.types import Int64
 
@@ -278,7 +279,7 @@ def parse(path: Root, data: bytes) -> Manifest:
         raise CorruptShard(
             "a manifest states what cannot be", where=path, found=checked.reason(error), todo=REDO
         ) from None
-    if outside := [name for name in manifest.objects if not _below(name)]:
+    if outside := [name for name in manifest.objects if not is_below(name)]:
         raise CorruptShard(
             "a manifest names a file outside its folder", where=path, found=outside[0], todo=REDO
         )
@@ -298,36 +299,6 @@ def _require_possible(manifest: Manifest) -> None:
     numbers += [size for size, _ in manifest.objects.values()]
     if not all(0 <= number < 1 << 63 for number in numbers):
         raise ValueError("a number is negative, or larger than any there is")
-
-
-def _below(name: str) -> bool:
-    """Returns whether a path names something below the folder that it is relative to."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
-
-
-def stays_inside(root: Path, name: str) -> bool:
-    """Returns whether what a path below `root` names lies there: no link on its way leads out.
-
-    `root` itself may be a link, and lie behind links.
-    """
-    try:
-        return (root / name).resolve().is_relative_to(root.resolve())
-    except RuntimeError:  # a link to itself
-        return False
-
-
-def require_inside(root: Root, name: str) -> None:
-    """Refuses a file below a folder that is really elsewhere.
-
-    Raises:
-        CorruptShard: a link on its way leads out.
-    """
-    if isinstance(root, Path) and not stays_inside(root, name):
-        raise CorruptShard(
-            "a link leads out of the folder", where=root / name,
-            todo="put the file itself there, or take the link away and run `scholiast repair`",
-        )  # fmt: skip
 
 
 def stands(root: Root, part: int, expected: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from storage import manifest
 from storage.errors import CorruptShard, MissingShard
 from storage.fingerprint import file_sha256
+from storage.inside import require_inside
 from storage.metadata import require_metadata
 from storage.remote import RemotePath
 from storage.stores import whole_files
@@ -60,7 +61,7 @@ def push(
             sent += _push_part(copy, owners.of(part), part, orders, tell, pool)
     for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
-            manifest.require_inside(root, name)  # what lies elsewhere is not to be sent along
+            require_inside(root, name)  # what lies elsewhere is not to be sent along
             sent += copy.put(name)
     return sent
 
@@ -149,7 +150,7 @@ def _require_sound(root: Path) -> str | None:
 
 
 def _require_whole(root: Path, name: str, size: int, sha256: str) -> None:
-    manifest.require_inside(root, name)
+    require_inside(root, name)
     path = root / name
     if not path.exists():
         raise MissingShard(

@@ -20,6 +20,7 @@ import numpy as np
 from storage import manifest
 from storage.codec import from_bfloat16
 from storage.errors import ConfigError, CorruptShard, IncompleteCache
+from storage.inside import require_inside
 from storage.layout import Layout, shard_name
 from storage.lookup import empty
 from storage.manifest import Manifest
@@ -190,7 +191,7 @@ class CacheReader:
         vouched = self._part(part)
         if path not in vouched.objects:
             raise self._wrong_part(part, f"{path} in its manifest", "no such file")
-        manifest.require_inside(self.root, path)
+        require_inside(self.root, path)
         shard = Shard(self.root / path, spec, part, vouched.objects[path])
         self._shards[key] = shard
         while len(self._shards) > max_open():

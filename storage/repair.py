@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from storage import durable
 from storage.corpus_info import save_begun
-from storage.manifest import stays_inside
+from storage.inside import stays_inside
 from storage.metadata import rewrite_metadata
 from storage.stores import BEGUN, CORPUS, INFO, Problem, Store, generations_of
 from storage.tables import digest, order_paths, restore

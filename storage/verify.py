@@ -24,6 +24,7 @@ from storage.blocks import BlockReader
 from storage.corpus_info import load_begun
 from storage.errors import ScholiastError
 from storage.fingerprint import file_sha256
+from storage.inside import stays_inside
 from storage.layout import GROUP
 from storage.manifest import Manifest
 from storage.metadata import LEVELS
@@ -202,7 +203,7 @@ def _check_object(store: Store, job: tuple[int, str, tuple[int, str]]) -> Proble
     part, name, (size, digest) = job
     path = store.root / name
     try:
-        if not manifest.stays_inside(store.root, name):
+        if not stays_inside(store.root, name):
             return Problem(part, name, "a link leads out of the folder", "none")
         found = path.stat().st_size
         if found != size:

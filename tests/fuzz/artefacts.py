@@ -16,7 +16,6 @@ from stages.checkpoint import Checkpoints
 from stages.order import BlockOrder, Position
 from stages.ranks import Ranks
 from storage.blocks import BlockReader
-from storage.codec import PRESETS
 from storage.layout import Layout
 from storage.reader import CacheReader
 from storage.writer import CacheWriter
@@ -115,6 +114,3 @@ def _add(digest: Any, value: Any) -> None:
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             _add(digest, getattr(value, name))
-
-
-assert set(PRESETS) >= {"exact", "compact", "balanced"}

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ if __name__ == "__main__":  # before anything else imports them
 import google_crc32c
 import numpy as np
 import torch
+from safetensors.numpy import save
 
 from pipeline.yaml_text import load_yaml
 from stages.checkpoint import load_checkpoint
@@ -37,9 +39,9 @@ from stages.checkpoint_pieces import INDEX
 from stages.decode import DeviceDecoder
 from stages.ranks import Ranks
 from storage import manifest
-from storage.blocks import BlockReader, object_name
+from storage.blocks import BlockReader, object_name, write_part
 from storage.codec import PRESETS, from_bfloat16
-from storage.corpus_info import load_info
+from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange, load_info, save_info
 from storage.errors import CorruptShard, ScholiastError
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.layout import ArraySpec, Layout, order_names, pcodec
@@ -47,6 +49,7 @@ from storage.notes import NotesDecoder
 from storage.orders import IdOrders
 from storage.shard import Shard
 from storage.tables import load_orders
+from storage.types import TokenBlocks
 from storage.writer import open_cache
 
 _FOLDER = Path(
@@ -196,8 +199,6 @@ def arrow(data: bytes) -> None:
     folder = _FOLDER / "arrow"
     (folder / "blocks").mkdir(parents=True, exist_ok=True)
     if not (folder / "corpus.json").exists():
-        from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange, save_info
-
         digest = "0" * 64
         source = SourceRange("x", "train", 0, 2, 1, 9)
         generation = CorpusGeneration(0, 2, digest, 1, digest)
@@ -255,10 +256,6 @@ def seeds(name: str) -> list[bytes]:
                 "objects": {"a/b": [5, "0" * 64]}, "carry": {"orders": "0" * 64}}  # fmt: skip
         made.append(canonical_json(body))
     elif name == "infos":
-        from dataclasses import asdict
-
-        from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange
-
         layout, digest = _layout().to_dict(), "0" * 64
         made.append(
             b"\xff" + canonical_json({"format": 2, "identity": {"corpus": "c"}, "layout": layout})
@@ -269,8 +266,6 @@ def seeds(name: str) -> list[bytes]:
     elif name == "arrow":
         made.append(_arrow_part())
     elif name == "pieces":
-        from safetensors.numpy import save
-
         index = {
             "w": {"dtype": "F32", "shape": [3], "pieces": [["rank-00000.safetensors", [0], [3]]]}
         }
@@ -285,9 +280,6 @@ def seeds(name: str) -> list[bytes]:
 
 
 def _arrow_part() -> bytes:
-    from storage.blocks import write_part
-    from storage.types import TokenBlocks
-
     shape = (2, _T + 1)
     blocks = TokenBlocks(
         np.arange(2), np.ones(shape, np.int32), np.zeros(shape, np.int64), np.zeros(shape, np.int64),

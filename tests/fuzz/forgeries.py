@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.layout import Layout, order_names, pcodec, shard_name
 from storage.shard import write_shard
-from storage.tables import spare_name
+from storage.tables import load_orders, spare_name
 
 Files = dict[Path, bytes | None]
 
@@ -174,10 +175,6 @@ def _orders(draw: Draw, root: Path) -> Files:
 
 def _carried(root: Path, layout: Layout, name: str, values: Any) -> Files:
     """Returns the manifests with the digest that these orders have."""
-    import hashlib
-
-    from storage.tables import load_orders
-
     orders = load_orders(root, layout)
     both = [orders.near.reshape(-1), orders.far]
     both[order_names().index(name)] = np.nan_to_num(values).astype("<i4")

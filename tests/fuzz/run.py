@@ -22,29 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fuzz.artefacts import build
 from fuzz.cases import Tally, bound_memory, run_cases
+from fuzz.decoders import DECODERS, seeds
+from fuzz.targets import TARGETS, ground_at
 
-NAMES = [
-    "stores damaged",
-    "stores forged",
-    "configuration",
-    "configuration planned",
-    "checkpoints",
-    "models",
-]
-SHARES = dict(zip(NAMES, (2.0, 4.0, 1.0, 1.0, 1.5, 0.5), strict=True))
-DECODERS = [
-    "shard",
-    "chunk",
-    "orders",
-    "notes",
-    "codec",
-    "manifests",
-    "infos",
-    "arrow",
-    "pieces",
-    "yaml_text",
-]
+NAMES = list(TARGETS)
 ATHERIS_SHARE = 0.4
 """Of the time, for all decoders together."""
 _BATCH = 40  # cases after which a process looks at the clock, and hypothesis begins anew
@@ -67,31 +50,28 @@ def main() -> int:
     options.crashes.mkdir(parents=True, exist_ok=True)
     begun, room = time.monotonic(), _scratch()
     try:
-        _build(room / "made")
+        build(room / "made")
         named = [options.only] if options.only else [*NAMES, *DECODERS]
-        spent = time.monotonic() - begun + _START * len(named)
-        left = max(1.0, options.seconds - spent)
-        weights = _weights(named)
+        weights, tallies = _weights(named), dict[str, Tally]()
         print(
             f"seed {options.seed}; artefacts made in {time.monotonic() - begun:.0f} s", flush=True
         )
-        tallies = {}
-        for name in named:
-            seconds = left * weights[name]
+        for i, name in enumerate(named):
+            left = options.seconds - (time.monotonic() - begun)
+            share = weights[name] / sum(weights[other] for other in named[i:])
             run = _cases if name in NAMES else _decoder
-            tallies[name] = run(name, seconds, options, room)
-            print(
-                f"  {name}: {tallies[name].cases:,} cases, {len(tallies[name].crashes)} crashes",
-                flush=True,
-            )
+            tallies[name] = run(name, max(1.0, left * share - _START), options, room)
+            told = f"{tallies[name].cases:,} cases, {len(tallies[name].crashes)} crashes"
+            print(f"  {name}: {told}", flush=True)
     finally:
         shutil.rmtree(room, ignore_errors=True)
     return _summary(tallies, time.monotonic() - begun, options.crashes)
 
 
 def _weights(names: list[str]) -> dict[str, float]:
+    whole = sum(target.share for target in TARGETS.values())
     own = {
-        n: (1 - ATHERIS_SHARE) * SHARES[n] / sum(SHARES.values()) if n in SHARES
+        n: (1 - ATHERIS_SHARE) * TARGETS[n].share / whole if n in TARGETS
         else ATHERIS_SHARE / len(DECODERS)
         for n in names
     }  # fmt: skip
@@ -103,16 +83,8 @@ def _scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix="scholiast-fuzz-", dir=memory if memory.is_dir() else None))
 
 
-def _build(folder: Path) -> None:
-    from fuzz.artefacts import build
-
-    build(folder)
-
-
 def _work(options: argparse.Namespace) -> int:
     """Runs one target's cases until its time is over; prints its tally."""
-    from fuzz.targets import ground_at
-
     ground = ground_at(options.made, options.made.parent / "ground")
     os.chdir(ground.root)
     bound_memory()
@@ -162,8 +134,6 @@ def _text(path: Path) -> str:
 
 def _decoder(name: str, seconds: float, options: argparse.Namespace, room: Path) -> Tally:
     """Runs a decoder under atheris."""
-    from fuzz.decoders import seeds
-
     corpus = room / f"corpus-{name}"
     corpus.mkdir()
     kept = Path(__file__).parent / "corpus" / name

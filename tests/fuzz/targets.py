@@ -7,6 +7,7 @@ Malice signs what it writes, so that only the shape of things can be refused.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,11 @@ from pipeline.config import load_config
 from stages.checkpoint import latest_checkpoint, load_checkpoint
 from stages.model_files import context_length, hidden_size, layer_count, parameters, read_config
 from stages.train_student import counted
+from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
 from storage.verify import verify
+
+Files = dict[Path, bytes | None]
+"""What files become; None: they are gone."""
 
 
 class WrongData(Exception):
@@ -61,7 +66,7 @@ class Ground:
 class Changed:
     """Files changed for the length of a block, then put back as they were."""
 
-    def __init__(self, files: dict[Path, bytes | None]) -> None:
+    def __init__(self, files: Files) -> None:
         self._new = files
         self._old = {p: p.read_bytes() if p.exists() else None for p in files}
 
@@ -71,7 +76,7 @@ class Changed:
     def __exit__(self, *_: object) -> None:
         self._put(self._old)
 
-    def _put(self, files: dict[Path, bytes | None]) -> None:
+    def _put(self, files: Files) -> None:
         for path, data in files.items():
             if data is None:
                 path.unlink(missing_ok=True)
@@ -80,7 +85,7 @@ class Changed:
                 path.write_bytes(data)
 
 
-def store_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def store_target(ground: Ground, draw: Draw) -> Files:
     """A file of a cache or the corpus is damaged; nothing may be read but what was written."""
     name = draw(st.sampled_from(sorted(ground.stores)))
     root = ground.stores[name]
@@ -95,7 +100,7 @@ def store_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
     return {path: changed}
 
 
-def read_stores(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_stores(ground: Ground, files: Files, draw: Draw) -> None:
     path = next(iter(files))
     root = next(root for root in ground.stores.values() if path.is_relative_to(root))
     reader = draw(
@@ -127,13 +132,13 @@ def command(*words: object) -> None:
         raise result.exception
 
 
-def forged_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def forged_target(ground: Ground, draw: Draw) -> Files:
     """A file of a cache or the corpus says something else, and all checksums hold."""
     name = draw(st.sampled_from(sorted(ground.stores)))
     return forge(draw, ground.stores[name])
 
 
-def read_forged(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_forged(ground: Ground, files: Files, draw: Draw) -> None:
     path = next(iter(files))
     root = next(root for root in ground.stores.values() if path.is_relative_to(root))
     reader = draw(
@@ -142,7 +147,7 @@ def read_forged(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> 
     read_one(ground, root, reader)
 
 
-def config_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def config_target(ground: Ground, draw: Draw) -> Files:
     """The configuration's text is changed, or its values are."""
     data = ground.config.read_bytes()
     if draw(st.booleans()):
@@ -157,7 +162,7 @@ def config_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
     }
 
 
-def read_config_file(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_config_file(ground: Ground, files: Files, draw: Draw) -> None:
     path = next(iter(files))
     overrides = draw(
         st.sampled_from([(), ("train.lr=1",), ("teachers.x.y=[&a x, *a]",), ("a=!!int x",)])
@@ -165,7 +170,7 @@ def read_config_file(ground: Ground, files: dict[Path, bytes | None], draw: Draw
     load_config(path, overrides)
 
 
-def planned_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def planned_target(ground: Ground, draw: Draw) -> Files:
     """Values of the configuration are changed, but not where it writes to."""
     value = yaml.safe_load(ground.config.read_bytes())
     folder = value.pop("run_dir")
@@ -176,11 +181,11 @@ def planned_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
     return {ground.root / "changed.yaml": text}
 
 
-def read_planned(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_planned(ground: Ground, files: Files, draw: Draw) -> None:
     command(draw(st.sampled_from(["plan", "status"])), next(iter(files)), "--json")
 
 
-def checkpoint_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def checkpoint_target(ground: Ground, draw: Draw) -> Files:
     """A checkpoint's file is damaged, or forged with the facts that vouch for it."""
     folder = ground.root / "checkpoints/step-00000008"
     name = draw(st.sampled_from(["facts.json", "tensors.json", "rank-00000.safetensors", "latest"]))
@@ -191,25 +196,21 @@ def checkpoint_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
         return {folder / name: json_changed(draw, data, sign)}
     structured = name.endswith(".json") and draw(st.booleans())
     changed = json_changed(draw, data, sign=False) if structured else bytes_changed(draw, data)
-    files: dict[Path, bytes | None] = {folder / name: changed}
+    files: Files = {folder / name: changed}
     if sign:
         files |= vouched(folder, name, changed)
     return files
 
 
-def vouched(folder: Path, name: str, changed: bytes) -> dict[Path, bytes | None]:
+def vouched(folder: Path, name: str, changed: bytes) -> Files:
     """Returns a checkpoint's facts with another sha256 of one file, signed."""
-    import json
-
-    from storage.fingerprint import bytes_sha256, canonical_json, fingerprint
-
     facts = json.loads((folder / "facts.json").read_bytes())
     facts.pop("sha256")
     facts["files"][name] = bytes_sha256(changed)
     return {folder / "facts.json": canonical_json({**facts, "sha256": fingerprint(facts)})}
 
 
-def read_checkpoint(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_checkpoint(ground: Ground, files: Files, draw: Draw) -> None:
     found = latest_checkpoint(ground.root / "checkpoints")
     assert found is not None
     folder, facts = found
@@ -224,15 +225,13 @@ def read_checkpoint(ground: Ground, files: dict[Path, bytes | None], draw: Draw)
         raise WrongData(folder)
 
 
-def model_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
+def model_target(ground: Ground, draw: Draw) -> Files:
     """A file of a model's folder is changed."""
     folder = ground.root / "a"
     name = draw(st.sampled_from(["config.json", "model.safetensors", "tokenizer.json", "index"]))
     if name == "index":
         index = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
         value = value_changed(draw, index)
-        import json
-
         return {folder / "model.safetensors.index.json": json.dumps(value).encode()}
     data = (folder / name).read_bytes()
     structured = name == "config.json" and draw(st.booleans())
@@ -241,7 +240,7 @@ def model_target(ground: Ground, draw: Draw) -> dict[Path, bytes | None]:
     }
 
 
-def read_model(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> None:
+def read_model(ground: Ground, files: Files, draw: Draw) -> None:
     path = next(iter(files))
     if path.name == "tokenizer.json":
         Vocabulary.read(path.parent).text(5)
@@ -251,9 +250,6 @@ def read_model(ground: Ground, files: dict[Path, bytes | None], draw: Draw) -> N
         config = read_config(path.parent, "model")
         layer_count(config), hidden_size(config), context_length(config)
         parameters(path.parent, "model")
-
-
-Files = dict[Path, bytes | None]
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def read_figures(work: Workspace, name: str, facts: dict[str, Any]) -> dict[str,
 
 
 def _teacher(job: TeacherJob) -> dict[str, Any]:
+    if job.imported:  # its model is not here: a capture says nothing of sizes and licences
+        return {
+            "name": job.name, "model": "captured by another tool", "parameters": None,
+            "licence": Licence(), "fingerprint": fingerprint(job.identity),
+        }  # fmt: skip
     return {
         "name": job.name, **_origin(job.options.model, job.options.revision), "dtype": job.options.dtype,
         "parameters": parameters(job.folder, f"teachers.{job.name}.model"),

@@ -251,7 +251,7 @@ def test_doctor_loads_models_when_asked(home: Lab, cli: Cli) -> None:
     (home.root / "b/model.safetensors").write_bytes(b"")
     broken = cli("doctor", home.write(teachers__one__model="b"), "--json")
     assert broken.exit_code == 1 and states(broken)["teachers.one"] == "bad", broken.output
-    assert "no safetensors header" in broken.output
+    assert "no safetensors file" in broken.output
 
 
 def test_doctor_without_a_run_and_before_the_demonstration(home: Lab, cli: Cli) -> None:

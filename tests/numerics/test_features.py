@@ -259,12 +259,12 @@ def test_pairs_must_be_stored() -> None:
 
 
 def test_a_model_that_does_not_tell_its_depth_is_refused(lab: Lab, tmp_path: Path) -> None:
-    from pipeline.student_identity import _depth
+    from pipeline.student_identity import depth_of
 
-    assert _depth(lab.root / "a", "teachers.one.model") == 3
+    assert depth_of(lab.root / "a", "teachers.one.model") == 3
     (tmp_path / "config.json").write_text('{"hidden_size": 32}')
     with pytest.raises(ConfigError, match=r"by hand in loss\.features\.pairs"):
-        _depth(tmp_path, "teachers.one.model")
+        depth_of(tmp_path, "teachers.one.model")
 
 
 def test_a_gram_matrix_wants_the_micro_batches_of_one_process() -> None:

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, list[Document]]
     lab.config["loss"] = {"chunk_tokens": 16}
     lab.config["fusion"] = {"weights": "max_prob"}
     lab.workspace().prepare()
-    return lab, documents(lab)
+    return lab, documents(lab.root / "run/corpus")
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     work = lab.workspace(fusion__weights="max_prob")
     work.prepare()
     layout = {**EXACT, "d": lab.vocab_size}
-    path = write_distillkit(tmp_path / "capture", documents(lab), layout)
+    path = write_distillkit(tmp_path / "capture", documents(lab.root / "run/corpus"), layout)
     imported = cli(
         "import", config, "--teacher", "big", "--from", path, "--format", "distillkit", "-q"
     )

@@ -60,6 +60,7 @@ class CacheWorkspace:
         self.ensure_assets()
         info = self.prepared()
         if info is None:
+            from pipeline.planning.parts import width_to_prepare
             from stages.corpus import prepare
 
             folder = require_local(self.config.corpus_folder, "corpus_dir").absolute()
@@ -67,7 +68,10 @@ class CacheWorkspace:
                 durable.make_folder(folder.parent)
             # Of several tasks one prepares; the others wait and find it done.
             with durable.alone(folder.parent / f".{folder.name}.lock"):
-                info = prepare(self.config.corpus, folder, self.memo, self.progress)
+                info = prepare(
+                    self.config.corpus, folder, self.memo, self.progress,
+                    lambda: width_to_prepare(self),
+                )  # fmt: skip
         return info
 
     def jobs(self, info: CorpusInfo) -> list[TeacherJob]:

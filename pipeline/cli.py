@@ -18,6 +18,7 @@ from pipeline.commands.results import evaluate, generate
 from pipeline.commands.stores import inspect, repair, verify
 from pipeline.commands.students import export, train_student
 from pipeline.exchange.command import export_cache, import_cache
+from pipeline.planning.command import plan
 from pipeline.reproduce.command import reproduce
 from pipeline.start.doctor import doctor
 from pipeline.start.init import init
@@ -57,44 +58,6 @@ def main() -> None:
 @main.command()
 @json_option
 @run_options
-def plan(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
-    """Say what a run will take and what is already done, before anything runs.
-
-    \b
-    Example: scholiast plan my.yaml --set store.k=32
-    """
-    from dataclasses import asdict
-
-    from pipeline.console import duration, human_bytes
-    from pipeline.plan import make_plan
-
-    work, console = open_workspace(config, overrides, quiet)
-    rows, facts = make_plan(work)
-    if as_json:
-        click.echo(json_module.dumps({**facts, "steps": [asdict(row) for row in rows]}, indent=1))
-        return
-    about = "about " if facts["estimated"] else ""
-    click.echo(
-        f"{about}{facts['tokens']:,} tokens in {facts['blocks']:,} blocks, {facts['parts']:,} parts\n"
-    )
-    console.table(
-        ["step", "done", "of", "on disk", "time left", "basis"],
-        [
-            [
-                row.step, f"{row.done:,}", f"{row.total:,}", human_bytes(row.size_bytes),
-                "–" if row.seconds is None else duration(row.seconds), row.basis,
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
-    total = sum(row.seconds or 0.0 for row in rows)
-    size = human_bytes(sum(row.size_bytes for row in rows))
-    click.echo(f"\nin all: {size} on disk, {duration(total)} to go on this machine")
-
-
-@main.command()
-@json_option
-@run_options
 def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool) -> None:
     """Say what is done, who is at work and which launched tasks failed, with the end of their logs.
 
@@ -113,7 +76,7 @@ def status(config: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_
 
 
 for _command in (
-    init, doctor, prepare, cache_teachers, append, train_student, export, push, evaluate, generate,
+    init, doctor, plan, prepare, cache_teachers, append, train_student, export, push, evaluate, generate,
     report, verify, repair, inspect, import_cache, export_cache, launch, reproduce, completion,
 ):  # fmt: skip
     main.add_command(_command)

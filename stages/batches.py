@@ -208,16 +208,7 @@ class BatchReader:
             MissingShard, CorruptShard, IncompleteCache, ConfigError
         """
         blocks = self.corpus.read(block_ids)
-        scored = blocks.scored
-        batch = Batch(
-            inputs=torch.from_numpy(blocks.inputs.astype(np.int64)),
-            positions=torch.from_numpy(blocks.positions),
-            present=torch.from_numpy(blocks.present),
-            scored=torch.from_numpy(scored),
-            gold=torch.from_numpy(blocks.gold.astype(np.int64)[scored]),
-            domain=torch.from_numpy(self.corpus.info.domain_of(block_ids)),
-            target=None, features={}, segment_weights={},
-        )  # fmt: skip
+        batch = gold_batch(blocks, self.corpus.info.domain_of(block_ids))
         return self._with_notes(batch, blocks) if self.caches else batch
 
     def _with_notes(self, batch: Batch, blocks: TokenBlocks) -> Batch:
@@ -292,6 +283,20 @@ class BatchReader:
         if self._fitted is None:
             return None
         return self._fitted.to(batch.domain.device, torch.float32).t()[:, batch.row_domain]
+
+
+def gold_batch(blocks: TokenBlocks, domain_B: Int64) -> Batch:
+    """Returns a batch of some blocks without a target: gold tokens alone, on the CPU."""
+    scored = blocks.scored
+    return Batch(
+        inputs=torch.from_numpy(blocks.inputs.astype(np.int64)),
+        positions=torch.from_numpy(blocks.positions),
+        present=torch.from_numpy(blocks.present),
+        scored=torch.from_numpy(scored),
+        gold=torch.from_numpy(blocks.gold.astype(np.int64)[scored]),
+        domain=torch.from_numpy(domain_B),
+        target=None, features={}, segment_weights={},
+    )  # fmt: skip
 
 
 def _require_alike(caches: Mapping[str, CacheReader], temperature: float) -> None:

@@ -12,25 +12,34 @@ the last one into parts of their own, and leaves the finished ones as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stages.corpus_identity import cut, require_appendable, require_corpus
+from stages.corpus_identity import WIDTH, cut, require_appendable, require_corpus
 from stages.model_files import locate
 from stages.options import CorpusOptions
-from stages.packing import Packer
-from stages.progress import Progress
+from stages.packing import Cursor, Packer, concatenate
+from stages.progress import Progress, Silent
 from stages.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
 from storage.corpus_info import CorpusInfo, load_begun, save_begun, save_info
+from storage.errors import CorpusError
 from storage.fingerprint import HashMemo, fingerprint
+from storage.types import TokenBlocks
 
 
-def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progress) -> CorpusInfo:
+def prepare(
+    options: CorpusOptions, root: Path, memo: HashMemo, progress: Progress,
+    width: Callable[[], int] = lambda: WIDTH,
+) -> CorpusInfo:  # fmt: skip
     """Prepares the corpus at `root`, or returns it if it is complete; an interrupted run goes on.
 
     Args:
         root: the corpus folder.
         memo: file hashes known from earlier.
+        width: asked for the blocks of a part where the options leave them open, before the first part
+            is packed; what it says is recorded, so that a resumed run does not ask again.
 
     Returns:
         What was prepared.
@@ -41,6 +50,8 @@ def prepare(options: CorpusOptions, root: Path, memo: HashMemo, progress: Progre
     identity, info = require_corpus(options, root, memo)
     if info is not None:
         return info
+    if identity["blocks_per_part"] is None:
+        identity["blocks_per_part"] = width()
     # Where corpus.json was lost, what had been appended is cut as it was.
     begun = load_begun(root)
     counts = [n for n, _ in begun[1]] if begun else [len(options.sources)]
@@ -79,14 +90,39 @@ def _pack(
     tokenizer = load_tokenizer(folder, "corpus.tokenizer")
     plan = [(n, fingerprint(cut(identity, n))) for n in counts]
     save_begun(root, identity, plan)
-    packer = Packer(options, tokenizer, root, plan, progress)
+    width = int(identity["blocks_per_part"])
+    packer = Packer(options, tokenizer, root, plan, progress, width)
     packer.run()
     info = CorpusInfo(
         identity=identity, fingerprint=packer.generations[-1].fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer), vocab_size=vocab_size(tokenizer),
         block_length=options.block_length,
-        blocks=sum(r.blocks for r in packer.ranges), blocks_per_part=options.blocks_per_part,
+        blocks=sum(r.blocks for r in packer.ranges), blocks_per_part=width,
         sources=tuple(packer.ranges), generations=tuple(packer.generations),
     )  # fmt: skip
     save_info(root, info)
     return info
+
+
+def first_blocks(options: CorpusOptions, count: int) -> TokenBlocks:
+    """Returns about `count` blocks from the beginnings of the training sources, at least one; writes
+    nothing.
+
+    Raises:
+        CorpusError, TeacherError: a source or the tokenizer is not there, or holds nothing.
+    """
+    folder = locate(
+        options.tokenizer, options.tokenizer_revision, "corpus.tokenizer", weights=False
+    )
+    tokenizer = load_tokenizer(folder, "corpus.tokenizer")
+    packer = Packer(options, tokenizer, Path(), [], Silent(), 1)
+    passes = [i for i, (n, held) in enumerate(packer.passes)
+              if not held and options.sources[n].split == "train"]  # fmt: skip
+    each = -(-count // max(1, len(passes)))
+    found = [b for i in passes for b, _ in islice(packer.cut(i, Cursor(i)), each)][:count]
+    if not found:
+        raise CorpusError(
+            "the corpus has no training blocks", where="corpus.sources",
+            todo="give at least one source with split: train that holds text",
+        )  # fmt: skip
+    return concatenate(found, 0)

@@ -14,9 +14,18 @@ from storage.errors import IncompleteCache, StaleCache
 from storage.fingerprint import HashMemo, describe_differences, fingerprint
 from storage.remote import Root
 
+WIDTH = 64
+"""Blocks of a part where neither the options nor an estimate say how many."""
 
-def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
+
+def corpus_identity(
+    options: CorpusOptions, memo: HashMemo, recorded: int | None = None
+) -> dict[str, Any]:
     """Returns what decides the packed blocks, from files alone.
+
+    Args:
+        recorded: width of the parts of the corpus that stands there, for options that name none: it
+            was decided when that corpus was begun, and is not decided again.
 
     Raises:
         CorpusError, TeacherError: a source or the tokenizer is not there.
@@ -28,7 +37,7 @@ def corpus_identity(options: CorpusOptions, memo: HashMemo) -> dict[str, Any]:
         "format": FORMAT,
         "tokenizer_files": tokenizer_identity(folder, "corpus.tokenizer", memo),
         "block_length": options.block_length,
-        "blocks_per_part": options.blocks_per_part,
+        "blocks_per_part": options.blocks_per_part or recorded,
         "append_eos": options.append_eos,
         "sources": {
             f"{i:03d}": source_identity(source, f"corpus.sources.{i}", memo)
@@ -43,18 +52,33 @@ def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:
     return {**identity, "sources": kept}
 
 
+def recorded_width(root: Root) -> int | None:
+    """Returns how many blocks a part has of the corpus that was prepared or begun at `root`, if any."""
+    stands = _standing(load_info(root), root)
+    return int(stands["blocks_per_part"]) if stands else None
+
+
+def _standing(info: CorpusInfo | None, root: Root) -> dict[str, Any] | None:
+    """Returns the identity of the complete corpus, else of what was begun."""
+    if info is not None:
+        return info.identity
+    begun = load_begun(root)
+    return begun[0] if begun else None
+
+
 def require_corpus(
     options: CorpusOptions, root: Root, memo: HashMemo
 ) -> tuple[dict[str, Any], CorpusInfo | None]:
     """Returns (identity, the corpus at `root` if it is complete).
 
+    The identity's `blocks_per_part` is None where the options leave it open and nothing was begun.
+
     Raises:
         StaleCache: `root` holds a corpus made from something else.
     """
-    identity = corpus_identity(options, memo)
     info = load_info(root)
-    begun = load_begun(root)
-    stands = info.identity if info is not None else begun[0] if begun else None
+    stands = _standing(info, root)
+    identity = corpus_identity(options, memo, stands["blocks_per_part"] if stands else None)
     if stands is not None and fingerprint(stands) != fingerprint(identity):
         raise _other(identity, stands, root, grown=info is not None and _extends(identity, stands))
     return identity, info
@@ -69,13 +93,13 @@ def require_appendable(
         IncompleteCache: there is no complete corpus.
         StaleCache: something else than sources at the end differs.
     """
-    identity = corpus_identity(options, memo)
     info = load_info(root)
     if info is None:
         raise IncompleteCache(
             "there is no complete corpus to append to", where=root,
             todo="run `scholiast prepare` with this configuration",
         )  # fmt: skip
+    identity = corpus_identity(options, memo, info.blocks_per_part)
     if identity != info.identity and not _extends(identity, info.identity):
         raise _other(identity, info.identity, root, grown=False)
     return identity, info

@@ -60,6 +60,16 @@ def set_random_state(device: torch.device, state: dict[str, torch.Tensor]) -> No
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def resident_bytes(device: torch.device) -> int:
+    """Returns what `Usage.peak_bytes` has before any work: the process's resident size, 0 on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 class Usage:
     """Measures a stretch of work: wall seconds and peak memory in bytes."""
 

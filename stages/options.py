@@ -75,8 +75,10 @@ class CorpusOptions(Options):
     tokenizer: str = Field(description="Folder or hub name of the tokenizer all models share.")
     tokenizer_revision: str | None = Field(None, description="Hub revision.")
     block_length: Annotated[int, Field(ge=2)] = Field(1024, description="T, tokens of a block.")
-    blocks_per_part: Count = Field(
-        64, description="Blocks of a part: the unit of work, of a shard and of a resume."
+    blocks_per_part: Count | None = Field(
+        None,
+        description="Blocks of a part: the unit of work, of a shard and of a resume. If not given: what "
+        "the slowest teacher needs cluster.part_minutes for, decided once, when the corpus is prepared.",
     )
     append_eos: bool = Field(True, description="End each plain-text document with the EOS token.")
     sources: Annotated[tuple[SourceOptions, ...], Field(min_length=1)]

@@ -78,18 +78,21 @@ class Packer:
     Args:
         plan: per generation, how many sources there are at its end, and the fingerprint of the
             identity with these.
+        width: blocks of a part.
 
     Attributes:
+        passes: (source number, whether its held-out share is wanted), in the order of the blocks.
         ranges: the finished passes' blocks.
         generations: the finished ones.
     """
 
     def __init__(
         self, options: CorpusOptions, tokenizer: Any, root: Path,
-        plan: Sequence[tuple[int, str]], progress: Progress,
+        plan: Sequence[tuple[int, str]], progress: Progress, width: int,
     ) -> None:  # fmt: skip
         self.options, self.tokenizer, self.root = options, tokenizer, root
-        self.plan, self.progress = plan, progress
+        self.plan, self.progress, self.width = plan, progress, width
+        self._told = 0
         self.ranges: list[SourceRange] = []
         self.generations: list[CorpusGeneration] = []
         self._content = ""  # sha256 chained over the content of this generation's parts
@@ -98,8 +101,7 @@ class Packer:
         self._eos = eos_id(tokenizer, "corpus.append_eos") if options.append_eos else None
         self._pending: list[TokenBlocks] = []
         self._loaded: dict[int, Any] = {}
-        # (source number, whether its held-out share is wanted), in the order of the blocks
-        self._passes = [
+        self.passes = [
             (number, heldout)
             for number, source in enumerate(options.sources)
             for heldout in ((False, True) if source.heldout else (False,))
@@ -110,19 +112,19 @@ class Packer:
         cursor = self._resume()
         first = cursor.pass_index
         # Every source is opened before the first is packed: a missing one is told at once.
-        for number, _ in self._passes[first:]:
+        for number, _ in self.passes[first:]:
             self._rows(number)
-        sizes = [self._count(number) for number, _ in self._passes]
+        sizes = [self._count(number) for number, _ in self.passes]
         self._told = sum(sizes[:first]) + cursor.row
         self.progress.start("prepare corpus", sum(sizes), "document", self._told)
         self._end_generation(first)  # it may have been all packed and not yet counted
-        for index in range(first, len(self._passes)):
+        for index in range(first, len(self.passes)):
             if index != cursor.pass_index:
                 cursor = Cursor(index)
-            for block, after in self._cut(index, cursor):
+            for block, after in self.cut(index, cursor):
                 cursor = after
                 self._pending.append(block)
-                if len(self._pending) == self.options.blocks_per_part:
+                if len(self._pending) == self.width:
                     self._commit(cursor)
             self._close(index, cursor)
             self._tell(sum(sizes[: index + 1]))
@@ -166,7 +168,7 @@ class Packer:
 
     def _commit(self, cursor: Cursor) -> None:
         sources, identity = self.plan[len(self.generations)]
-        batch = _concatenate(self._pending, self._part * self.options.blocks_per_part)
+        batch = concatenate(self._pending, self._part * self.width)
         durable.require_free(
             self.root,
             batch.tokens.size * _BYTES_PER_TOKEN,
@@ -189,7 +191,7 @@ class Packer:
         if len(self.generations) == len(self.plan):
             return
         sources, identity = self.plan[len(self.generations)]
-        if index != sum(number < sources for number, _ in self._passes):
+        if index != sum(number < sources for number, _ in self.passes):
             return
         if self._pending:
             self._commit(Cursor(index))
@@ -207,7 +209,7 @@ class Packer:
         content = fingerprint({
             **before, "content": self._content, "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "block_length": self.options.block_length,
-            "blocks_per_part": self.options.blocks_per_part,
+            "blocks_per_part": self.width,
         })  # fmt: skip
         self.generations.append(CorpusGeneration(first, blocks, content, sources, identity))
         self._content = ""
@@ -215,11 +217,11 @@ class Packer:
     def _first_part(self) -> int:
         """Returns the first part of the generation that is being packed."""
         done = self.generations
-        return parts_until(done, self.options.blocks_per_part) if done else 0
+        return parts_until(done, self.width) if done else 0
 
     def _close(self, index: int, cursor: Cursor) -> None:
         """Notes a finished pass's range; a pass without a token has none."""
-        number, heldout = self._passes[index]
+        number, heldout = self.passes[index]
         source = self.options.sources[number]
         if not cursor.blocks:
             if source.heldout:
@@ -233,7 +235,7 @@ class Packer:
                 )  # fmt: skip
             return
         packed = sum(r.blocks for r in self.ranges) - sum(g.blocks for g in self.generations)
-        first = self._first_part() * self.options.blocks_per_part + packed
+        first = self._first_part() * self.width + packed
         self.ranges.append(
             SourceRange(
                 source.domain, "heldout" if heldout else source.split, first, cursor.blocks,
@@ -257,9 +259,9 @@ class Packer:
 
     def _pieces(self, index: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """Yields a pass's documents as parallel arrays, the first one from the cursor's token on."""
-        number, heldout = self._passes[index]
+        number, heldout = self.passes[index]
         base = sum(self._count(earlier) for earlier in range(number))
-        before = sum(self._count(earlier) for earlier, _ in self._passes[:index])
+        before = sum(self._count(earlier) for earlier, _ in self.passes[:index])
         stream = DocumentStream(
             self.options.sources[number], f"corpus.sources.{number}", self._rows(number),
             heldout, self.tokenizer, self._eos,
@@ -278,7 +280,7 @@ class Packer:
             yield {name: array[skip:] for name, array in piece.items()}
             self._tell(before + document.row + 1)
 
-    def _cut(self, index: int, cursor: Cursor) -> Iterator[tuple[TokenBlocks, Cursor]]:
+    def cut(self, index: int, cursor: Cursor) -> Iterator[tuple[TokenBlocks, Cursor]]:
         """Yields a pass's blocks from the cursor on, each with the cursor that follows it."""
         length, buffer = self.options.block_length, _Buffer()
         for piece in self._pieces(index, cursor):
@@ -294,7 +296,7 @@ class Packer:
         # of its own would predict nothing.
         if buffer.size > 1 or (buffer.size and not cursor.blocks):
             merged = buffer.merged()
-            cursor = _after(cursor, merged, buffer.size, len(self._rows(self._passes[index][0])), 0)
+            cursor = _after(cursor, merged, buffer.size, len(self._rows(self.passes[index][0])), 0)
             yield _block(merged, length), cursor
 
 
@@ -321,7 +323,7 @@ def _block(merged: dict[str, Any], length: int) -> TokenBlocks:
     )  # fmt: skip
 
 
-def _concatenate(blocks: list[TokenBlocks], first: int) -> TokenBlocks:
+def concatenate(blocks: list[TokenBlocks], first: int) -> TokenBlocks:
     return TokenBlocks(
         np.arange(first, first + len(blocks)),
         *(

@@ -71,6 +71,11 @@ class ClusterOptions(Options):
     task_minutes: Positive = Field(
         60.0, description="How long a task should take, without `tasks`."
     )
+    part_minutes: Positive = Field(
+        5.0,
+        description="How long a part should take the slowest teacher, where corpus.blocks_per_part is "
+        "not given.",
+    )
     flops: Positive = Field(
         3e14, description="bf16 FLOP/s of a task's GPUs, for plans before a part was measured."
     )

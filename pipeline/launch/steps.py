@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
@@ -12,8 +11,12 @@ from pathlib import Path
 
 from pipeline.console import duration
 from pipeline.launch.options import Resources
-from pipeline.plan import PlanRow, make_plan
+from pipeline.planning.fits import context_problems, shorter_parts
+from pipeline.planning.pace import Device, Pace
+from pipeline.planning.parts import sized, tasks_for
+from pipeline.planning.rows import PlanRow, make_plan
 from pipeline.workspace import Workspace
+from stages.corpus_identity import recorded_width
 from storage.errors import ConfigError
 
 _LONG_PART, _SHORT_PART = 1800.0, 5.0  # seconds
@@ -83,8 +86,11 @@ def missing_steps(work: Workspace, cache_only: bool = False) -> tuple[list[Step]
         cache_only: no later ones than stage one's.
 
     Raises:
-        ConfigError: how many tasks there should be cannot be told.
+        ConfigError: how many tasks there should be cannot be told, or blocks are longer than a model's
+            context.
     """
+    for problem in context_problems(work):
+        raise problem
     cluster, run = work.config.cluster, work.config.run
     rows = {row.step: row for row in make_plan(work, cluster.flops)[0]}
     steps: list[Step] = []
@@ -93,7 +99,7 @@ def missing_steps(work: Workspace, cache_only: bool = False) -> tuple[list[Step]
     prepared = ("prepare",) if info is None else ()
     if info is None:
         resources = cluster.prepare.over(cluster.defaults)
-        steps.append(Step("prepare", (("prepare",),), resources))
+        steps.append(Step("prepare", (("prepare", *_width(work)),), resources))
     for name in work.config.teachers:
         row = rows[f"cache {name}"]
         if row.done < row.total or info is None:
@@ -117,6 +123,16 @@ def missing_steps(work: Workspace, cache_only: bool = False) -> tuple[list[Step]
     return steps, notes
 
 
+def _width(work: Workspace) -> tuple[str, ...]:
+    """Returns what tells the job that prepares how wide a part is: it may run where no GPU is, and would
+    size the parts for that. Nothing where the configuration or a begun corpus says it."""
+    root = work.config.corpus_folder
+    if work.config.corpus.blocks_per_part is not None or recorded_width(root) is not None:
+        return ()
+    width = sized(work, Pace(work, Device(work.config.cluster.flops)))
+    return ("--set", f"corpus.blocks_per_part={width}")
+
+
 def _cache_step(
     work: Workspace, name: str, row: PlanRow, notes: list[str], after: tuple[str, ...]
 ) -> Step:
@@ -126,18 +142,20 @@ def _cache_step(
             f"nothing tells how long teacher {name!r} will take: its model is not here yet",
             where="cluster.tasks", todo="set it, or download the model first",
         )  # fmt: skip
-    tasks = cluster.tasks or math.ceil((row.seconds or 0.0) / (60.0 * cluster.task_minutes))
-    tasks = max(1, min(tasks, pending, cluster.max_array))
+    tasks = tasks_for(row.seconds, cluster, pending)
     resources = cluster.teachers.get(name, Resources()).over(cluster.defaults)
     if row.seconds is not None:
         limit = resources.seconds and resources.seconds - cluster.warning
-        notes.extend(_advice(name, row.seconds, pending, tasks, limit))
+        notes.extend(_advice(work, name, row.seconds, pending, tasks, limit))
     command = ("cache-teachers", "--teacher", name)
     return Step(f"cache-{name}", (command,), resources, after, tasks, pending=pending)
 
 
-def _advice(name: str, seconds: float, pending: int, tasks: int, limit: float | None) -> list[str]:
-    """Returns what a user should know of how the work is cut: parts are the corpus's.
+def _advice(
+    work: Workspace, name: str, seconds: float, pending: int, tasks: int, limit: float | None
+) -> list[str]:
+    """Returns what a user should know of how the work is cut: parts are the corpus's. Where their width
+    was left open there is nothing to advise but what the time limit forbids.
 
     Args:
         name: the teacher's.
@@ -146,20 +164,20 @@ def _advice(name: str, seconds: float, pending: int, tasks: int, limit: float | 
         tasks: of the array.
         limit: seconds until a task is told to save.
     """
-    each = seconds / max(1, pending)
+    each, chosen = seconds / max(1, pending), work.config.corpus.blocks_per_part is not None
     told = [
         f"cache {name}: {pending:,} parts of about {duration(each)} in {tasks} tasks of about "
         f"{duration(seconds / tasks)}"
     ]
-    if each > _LONG_PART:
-        told.append("  a part is what a kill may cost: prepare with fewer corpus.blocks_per_part")
+    if chosen and each > _LONG_PART:
+        told.append(f"  a part is what a kill may cost: {shorter_parts(work)}")
     if limit is not None and each > limit:
         told.append(
             f"  a task would be told to save before it has finished a part: raise "
-            f"cluster.teachers.{name}.time, or prepare with fewer corpus.blocks_per_part"
+            f"cluster.teachers.{name}.time, or {shorter_parts(work)}"
         )
-    if each < _SHORT_PART and pending > 1000:
-        told.append("  parts are short: prepare with more corpus.blocks_per_part")
+    if chosen and each < _SHORT_PART and pending > 1000:
+        told.append("  parts are short: prepare with more corpus.blocks_per_part, or leave it out")
     return told
 
 

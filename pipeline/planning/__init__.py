@@ -1,0 +1,1 @@
+"""What a run will take: bytes, hours, memory, parts; estimated, or measured on this machine."""

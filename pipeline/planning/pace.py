@@ -1,0 +1,86 @@
+"""How fast a model goes: measured if it was, else told from its parameters and a device's rate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from pipeline.cache_workspace import CacheWorkspace
+from pipeline.planning.calibration import Measured, device_name, fitting
+
+_EFFICIENCY = 0.3  # of the matrix products' rate that a forward reaches, for a first estimate
+
+MEASURED, ESTIMATE = "measured here", "estimate from parameters"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the work will run, as far as a plan has to know.
+
+    Attributes:
+        flops: its bf16 FLOP/s; None: this machine's, measured for half a second when first needed.
+        any_measured: whether a calibration of any device will do, and not only of this machine's.
+    """
+
+    flops: float | None = None
+    any_measured: bool = False
+
+
+class Pace:
+    """Tokens a second of teachers and student; this device's rate is asked for at most once."""
+
+    def __init__(self, work: CacheWorkspace, device: Device) -> None:
+        self._work, self._device, self._rate = work, device, device.flops
+        self._name: str | None = None
+
+    def measured(self, key: str) -> Measured | None:
+        """Returns the calibration of "teachers.NAME" or "student" that holds here, if there is one."""
+        return fitting(self._work, key, lambda found: self._will_do(key, found))
+
+    def _will_do(self, key: str, found: Measured) -> bool:
+        if self._device.any_measured:
+            return True
+        if self._device.flops is None:
+            if self._name is None:
+                self._name = device_name(self._work)[0]
+            return found.device == self._name
+        # On a cluster's devices: what a CPU took says nothing of a GPU.
+        cluster = self._work.config.cluster
+        asked = cluster.train if key == "student" else cluster.teachers.get(key.partition(".")[2])
+        over = cluster.defaults if asked is None else asked.over(cluster.defaults)
+        return found.gpu or not over.gpus
+
+    def tokens_per_s(self, key: str, flops_of_a_token: float) -> tuple[float, str]:
+        """Returns the rate of a model and what it rests on."""
+        found = self.measured(key)
+        if found is not None:
+            return found.tokens_per_s, MEASURED
+        return self.rate() * _EFFICIENCY / max(flops_of_a_token, 1.0), ESTIMATE
+
+    def rate(self) -> float:
+        """Returns the device's bf16 FLOP/s."""
+        if self._rate is None:
+            self._rate = measure_flops(self._work.config.device)
+        return self._rate
+
+
+def measure_flops(device_name: str) -> float:
+    """Returns the device's bf16 matrix-product rate in FLOP/s, measured for half a second."""
+    import torch
+
+    from stages.device import choose_device
+
+    device = choose_device(device_name)
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).bfloat16()
+    count, elapsed = 0, 0.0
+    a @ a
+    start = time.perf_counter()
+    while elapsed < 0.5:
+        for _ in range(4):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 4
+        elapsed = time.perf_counter() - start
+    return 2.0 * n**3 * count / elapsed

@@ -1,0 +1,103 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipeline.console import Console, duration, human_bytes
+
+
+def show_plan(console: Console, plan: dict[str, Any]) -> None:
+    """Prints a plan from `whole_plan`: steps, arrays, memory, parts, warnings."""
+    about = "about " if plan["estimated"] else ""
+    click.echo(
+        f"{about}{plan['tokens']:,} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
+        f"{plan['parts']:,} parts of {plan['blocks_per_part']:,} blocks\n"
+    )
+    _steps(console, plan)
+    _arrays(console, plan)
+    _memory(console, plan)
+    _parts(console, plan)
+    totals, price = plan["totals"], plan["device"]["price_per_hour"]
+    gpu = "GPU hours" if plan["device"]["gpu"] else "hours of this machine"
+    cost = "" if price is None else f", {totals['cost']:,.2f} at {price:g} an hour"
+    click.echo(
+        f"\nin all: {human_bytes(totals['size_bytes'])} on disk ({human_bytes(totals['bytes_left'])} "
+        f"still to write), {_hours(totals['hours'])} {gpu} to go{cost}"
+    )
+    for warning in plan["warnings"]:
+        click.echo(f"warning: {warning}")
+
+
+def _steps(console: Console, plan: dict[str, Any]) -> None:
+    priced = plan["device"]["price_per_hour"] is not None
+    unit = "GPU hours" if plan["device"]["gpu"] else "hours"
+    rows = []
+    for step in plan["steps"]:
+        row = [
+            step["step"], f"{step['done']:,}", f"{step['total']:,}", human_bytes(step["size_bytes"]),
+            "–" if step["seconds"] is None else duration(step["seconds"]),
+            "–" if step["hours"] is None else _hours(step["hours"]),
+        ]  # fmt: skip
+        if priced:
+            row.append("–" if step["cost"] is None else f"{step['cost']:,.2f}")
+        rows.append([*row, step["basis"]])
+    cost = ["cost"] if priced else []
+    headers = ["step", "done", "of", "on disk", "time left", unit, *cost, "basis"]
+    console.table(headers, rows, left=(0, len(headers) - 1))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}"
+
+
+def _arrays(console: Console, plan: dict[str, Any]) -> None:
+    """Bytes by array, a column a teacher; the largest first."""
+    teachers = {s["step"].removeprefix("cache "): s["arrays"] for s in plan["steps"] if s["arrays"]}
+    total: dict[str, float] = {}
+    for arrays in teachers.values():
+        for name, size in arrays.items():
+            total[name] = total.get(name, 0.0) + size
+    click.echo("\non disk by array")
+    tokens = max(1, plan["tokens"]) * max(1, len(teachers))
+    rows = [
+        [name, *(human_bytes(arrays.get(name, 0.0)) for arrays in teachers.values()),
+         human_bytes(total[name]), f"{total[name] / tokens:.2f}"]
+        for name in sorted(total, key=lambda name: -total[name])
+    ]  # fmt: skip
+    console.table(["array", *teachers, "all", "bytes a token"], rows)
+
+
+def _memory(console: Console, plan: dict[str, Any]) -> None:
+    device = plan["device"]
+    there = "" if device["memory_bytes"] is None else f" of {human_bytes(device['memory_bytes'])}"
+    click.echo(f"\npeak memory on {device['name']}{there}")
+    rows = []
+    for peak in plan["memory"]:
+        terms = ", ".join(f"{name} {human_bytes(size)}" for name, size in peak["terms"].items())
+        measured = peak["measured"]
+        shared = f" ({peak['ranks']} pieces)" if peak["ranks"] > 1 else ""
+        rows.append([
+            f"{peak['what']}{shared}", human_bytes(peak["bytes"]),
+            "–" if measured is None else human_bytes(measured), f"{peak['moment']}: {terms}",
+        ])  # fmt: skip
+    console.table(["model", "estimate", "measured", "of which, when largest"], rows, left=(0, 3))
+
+
+def _parts(console: Console, plan: dict[str, Any]) -> None:
+    rows = []
+    for name, parts in plan["teachers"].items():
+        if not parts["parts_left"]:
+            continue
+        each, task = parts["part_seconds"], parts["task_seconds"]
+        rows.append([
+            name, f"{parts['parts_left']:,}", "–" if each is None else duration(each),
+            human_bytes(parts["part_bytes"]), human_bytes(parts["shard_bytes"]), f"{parts['tasks']:,}",
+            "–" if task is None else duration(task),
+        ])  # fmt: skip
+    if rows:
+        click.echo("\nparts left, and an array for them")
+        headers = ["teacher", "parts", "a part", "on disk", "largest shard", "tasks", "a task"]
+        console.table(headers, rows)

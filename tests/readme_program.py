@@ -36,8 +36,9 @@ def ask(program: str, words: list[str]) -> int:
 
 
 def parse(line: str) -> int:
-    """Runs a line of shell in which commands of ours are only parsed."""
-    environment = {**os.environ, "READMES_PARSE": "1"}
+    """Runs a line of shell, as Slurm would, in which commands of ours are only parsed."""
+    rank = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    environment = {**os.environ, **rank, "READMES_PARSE": "1"}
     return subprocess.run(["bash", "-euc", line], env=environment, check=False).returncode
 
 

@@ -56,7 +56,7 @@ HUB: Final = {"SmolLM2-1.7B": 24, "SmolLM2-360M": 32, "SmolLM2-135M": 30}
 
 TINY: Final[dict[str, Any]] = {
     "device": "cpu", "threads": 1,
-    "corpus": {"block_length": 32, "blocks_per_part": 8},
+    "corpus": {"block_length": 32, "blocks_per_part": 16},
     "store": {"k": 8, "temperatures": [2.0], "chunk_tokens": 16},
     "loss": {"chunk_tokens": 16, "features": {"pairs": [{"student": 1, "teacher": 2}]}},
     "student": {"keep_layers": [0, 2]},
@@ -158,12 +158,12 @@ def lay_out(root: Path) -> None:
         (programs / name).write_text(f"#!/bin/sh\n{call}\n")
         (programs / name).chmod(0o755)
     tokenizer = make_tokenizer(root / "models/code")
-    make_model(root / "models/code", len(tokenizer), 1, layers=8)
+    make_model(root / "models/code", len(tokenizer), 1, layers=6, hidden=16)
     for name in ("a", "b", "prose"):
         shutil.copytree(root / "models/code", root / "models" / name)
     (root / "data").mkdir()
-    _write_rows(root / "data/docs.jsonl", 60, 11)
-    (root / "notes.txt").write_text("\n\n".join(sentences(60, 12)))
+    _write_rows(root / "data/docs.jsonl", 30, 11)
+    (root / "notes.txt").write_text("\n\n".join(sentences(48, 12)))
     _demonstration(root, len(tokenizer))
 
 
@@ -171,7 +171,7 @@ def _demonstration(root: Path, vocab_size: int) -> None:
     """Lays the demonstration out: its own configuration, made tiny, its text and its models."""
     assets = root / "runs/demo/assets"
     for i, domain in enumerate(DOMAINS):
-        for split, count in (("train", 24), ("heldout", 6)):
+        for split, count in (("train", 9), ("heldout", 2)):
             _write_rows(assets / f"text/{split}/{domain}.jsonl", count, 20 + i)
     for i, name in enumerate(TEACHERS):
         shutil.copytree(root / "models/code", assets / "models" / name)
@@ -179,7 +179,7 @@ def _demonstration(root: Path, vocab_size: int) -> None:
     real = yaml.safe_load((TOP / "pipeline/configs/demo.yaml").read_text())
     config = root / PLACEHOLDERS["CONFIG"]
     config.parent.mkdir(parents=True)
-    config.write_text(yaml.safe_dump(_laid_over(real, TINY)))
+    config.write_text(yaml.safe_dump(_laid_over(real, TINY), sort_keys=False))
 
 
 def hub_models(home: Path, model: Path) -> None:
@@ -208,7 +208,7 @@ def captured_run(root: Path) -> None:
         "fusion": {"weights": "max_prob", "teachers": ["code", "large", "third"]},
         "loss": {"chunk_tokens": 16},
     }  # fmt: skip
-    (root / "my.yaml").write_text(yaml.safe_dump(config))
+    (root / "my.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def captures(root: Path) -> None:

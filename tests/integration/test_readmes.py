@@ -73,7 +73,7 @@ def in_pipeline(sandbox: Sandbox) -> None:
         sandbox,
         "scholiast cache-teachers pipeline/configs/demo.yaml --quiet\n"
         "rm -r runs/demo/assets/models/bible  # so that doctor finds something to say\n"
-        "scholiast cache-teachers my.yaml --teacher generalist --teacher code --quiet\n"
+        "mkdir runs/mine && cp -r runs/demo/corpus runs/demo/cache runs/mine  # the same text\n"
         "scholiast export-cache my.yaml exported-json --format topk-jsonl --teacher generalist\n",
         "before pipeline/README.md",
     )

@@ -83,7 +83,7 @@ _NUMBER = (
     r"|–(?=\s|$)|nan|inf)"
 )
 _QUOTED = r"""(?<![\w])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)"""
-_PATH = r"[^\s,()]*\w/[^\s,()]*"
+_PATH = r"(?!\w+/s\b)[^\s,()]*\w/[^\s,()]*"  # not a rate
 _PIECE = re.compile(
     rf"(?P<quoted>{_QUOTED})|(?P<path>{_PATH})|(?P<number>(?<![A-Za-z]){_NUMBER})|(?P<space>\s+)|."
 )

@@ -54,7 +54,11 @@ def make(words: list[str]) -> int:
     here = any(word in MADE_HERE for word in words) and "LAUNCH=slurm" not in words
     for line in listed.stdout.replace("\\\n", " ").splitlines():
         if line.startswith(".venv/bin/scholiast "):
-            code = subprocess.run(["bash", "-euc", line], check=False).returncode if here else parse(line)
+            code = (
+                subprocess.run(["bash", "-euc", line], check=False).returncode
+                if here
+                else parse(line)
+            )
             if code:
                 return code
     return listed.returncode

@@ -197,18 +197,23 @@ def hub_models(home: Path, model: Path) -> None:
 
 
 def captured_run(root: Path) -> None:
-    """Writes my.yaml: two teachers of our own, four that other tools capture."""
+    """Writes my.yaml, with two teachers of our own and three that other tools capture, and again.yaml,
+    the same corpus with one that is captured."""
     config = yaml.safe_load((root / PLACEHOLDERS["CONFIG"]).read_text())
     for key in ("name", "assets"):
         del config[key]
     own = {name: config["teachers"][name] for name in ("generalist", "code")}
-    captured = {name: {"model": "nowhere/it"} for name in ("large", "other", "third", "big")}
+    captured = {name: {"model": "nowhere/it"} for name in ("large", "other", "third")}
     config |= {
         "run_dir": "runs/mine", "teachers": {**own, **captured},
-        "fusion": {"weights": "max_prob", "teachers": ["code", "large", "third"]},
-        "loss": {"chunk_tokens": 16},
+        "fusion": {"weights": "max_prob"}, "loss": {"chunk_tokens": 16},
     }  # fmt: skip
     (root / "my.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config |= {
+        "run_dir": "runs/again", "corpus_dir": "runs/mine/corpus",
+        "teachers": {"big": {"model": "nowhere/it"}},
+    }  # fmt: skip
+    (root / "again.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def captures(root: Path) -> None:

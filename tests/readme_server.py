@@ -67,7 +67,9 @@ def answer(caller: socket.socket) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    import time; open("/tmp/blk.log","a").write(f"{time.process_time():.2f} {sys.argv}\n")
+    import time
+
+    open("/tmp/blk.log", "a").write(f"{time.process_time():.2f} {sys.argv}\n")
     caller.sendall(bytes([code]))
     os._exit(0)
 

@@ -16,8 +16,8 @@ LANGUAGES: Final = ("sh", "console", "yaml", "python", "json", "text")
 """`sh`: commands; `console`: commands after "$ ", with what they print; `text` alone is not run."""
 
 _COMMAND = re.compile(
-    r"^\s*(\$ |\.venv/bin/|(scholiast|make|torchrun|srun|sbatch|pip3?|apptainer|docker|kubectl|lm-eval|hf|uv|git|"
-    r"mkdir|cd|export) \S|python3? -[mc] )"
+    r"^\s*(\$ |\.venv/bin/|python3? -[mc] |(scholiast|make|torchrun|srun|sbatch|pip3?|apptainer|docker|"
+    r"kubectl|lm-eval|hf|git|mkdir|cd|export) \S)"
 )
 
 _BASE: Final[dict[str, Any]] = {

@@ -66,7 +66,6 @@ def answer(caller: socket.socket) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-
     caller.sendall(bytes([code]))
     os._exit(0)
 

@@ -103,15 +103,13 @@ def read_figures(work: Workspace, name: str, facts: dict[str, Any]) -> dict[str,
 
 
 def _teacher(job: TeacherJob) -> dict[str, Any]:
-    if job.imported:  # its model is not here: a capture says nothing of sizes and licences
-        return {
-            "name": job.name, "model": "captured by another tool", "parameters": None,
-            "licence": Licence(), "fingerprint": fingerprint(job.identity),
-        }  # fmt: skip
+    """Returns what is told of a teacher; of an imported cache's there are no files to ask."""
+    if job.imported:
+        model = f"{job.options.model}, captured by another tool"
+        return {"name": job.name, "model": model, "parameters": None, "licence": Licence()}
     return {
-        "name": job.name, **_origin(job.options.model, job.options.revision), "dtype": job.options.dtype,
-        "parameters": parameters(job.folder, f"teachers.{job.name}.model"),
-        "licence": stated(job.folder), "fingerprint": fingerprint(job.identity["teacher"]),
+        "name": job.name, **_origin(job.options.model, job.options.revision),
+        "parameters": parameters(job.folder, f"teachers.{job.name}.model"), "licence": stated(job.folder),
     }  # fmt: skip
 
 

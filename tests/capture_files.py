@@ -1,4 +1,4 @@
-"""Captures as other tools would have made them of a lab's corpus, by a teacher that is a formula."""
+"""Captures as other tools would have made them of a corpus, by a teacher that is a formula."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import Lab
 
 from storage.blocks import BlockReader
 from storage.types import AnyArray
@@ -25,9 +24,9 @@ class Document:
     logp: AnyArray
 
 
-def documents(lab: Lab) -> list[Document]:
-    """Returns the corpus's documents, put together again from its blocks."""
-    corpus = BlockReader(lab.root / "run/corpus")
+def documents(folder: Path) -> list[Document]:
+    """Returns a corpus's documents, put together again from its blocks."""
+    corpus = BlockReader(folder)
     found: dict[int, list[int]] = {}
     for part in range(corpus.info.parts):
         blocks = corpus.part(part)

@@ -47,6 +47,11 @@ def _divided(
     found: Found, key: str, tokenizer: Any, run_dir: Path, texts: dict[Path, bytes]
 ) -> tuple[Found, float]:
     """Returns a source and its share: as it is, or of passages, whose file is added to `texts`."""
+    where = f"--source {found.options.domain}={found.options.path}"
+    if not any(str(text).strip() for text in found.sample):
+        raise ConfigError(
+            "the source holds no text", where=where, todo="name a file with text in it"
+        )
     if found.documents >= FEW or found.options.messages_field:
         counted = count_tokens(found, key, tokenizer)
         share = hold_out(counted, key, tokenizer)
@@ -65,8 +70,8 @@ def _divided(
             return counted, share
     raise ConfigError(
         "none of these documents can be held out to measure on",
-        where=f"--source {found.options.domain}={found.options.path}",
-        found=f"{found.documents:,} document{'' if found.documents == 1 else 's'}",
+        where=where, expected="text that can be cut into at least two passages",
+        found=f"{found.documents:,} document{'' if found.documents == 1 else 's'}, too short for that",
         todo=f"give more, or --heldout {found.options.domain}=PATH with other text",
     )  # fmt: skip
 

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, list[Document]]
     lab.config["loss"] = {"chunk_tokens": 16}
     lab.config["fusion"] = {"weights": "max_prob"}
     lab.workspace().prepare()
-    return lab, documents(lab)
+    return lab, documents(lab.root / "run/corpus")
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     work = lab.workspace(fusion__weights="max_prob")
     work.prepare()
     layout = {**EXACT, "d": lab.vocab_size}
-    path = write_distillkit(tmp_path / "capture", documents(lab), layout)
+    path = write_distillkit(tmp_path / "capture", documents(lab.root / "run/corpus"), layout)
     imported = cli(
         "import", config, "--teacher", "big", "--from", path, "--format", "distillkit", "-q"
     )
@@ -402,6 +402,8 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     for command in ("cache-teachers", "train-student", "evaluate", "report", "plan", "status"):
         result = cli(command, config, "-q")
         assert result.exit_code == 0, (command, result.output)
+    card = (lab.root / "run/students/fused/model/README.md").read_text()
+    assert "captured by another tool | – | not stated | – |" in card
     figures = json.loads((lab.root / "run/evaluation.json").read_text())
     big, one = figures["teachers"]["big"]["overall"], figures["teachers"]["one"]["overall"]
     assert big["perplexity"] is None and big["entropy"] is None and big["accuracy"] > 0.3

@@ -22,7 +22,7 @@ REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEED
 FUZZ_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help cache-teachers train-student reproduce test test-s3 test-cluster fuzz bench-cache bench-step lint clean
+.PHONY: help setup cache-teachers train-student reproduce test test-s3 test-cluster fuzz bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,8 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 $(BIN)/.installed-test: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	@touch $@
+
+setup: $(BIN)/.installed  ## the environment alone, in .venv
 
 ifeq ($(LAUNCH),slurm)
 cache-teachers: $(BIN)/.installed

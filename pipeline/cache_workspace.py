@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from stages.model_files import locate, parameters, present
+from stages.model_files import at_hand, locate, parameters, present
 from stages.progress import Progress
 from stages.shares import Outcome, Share
 from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
@@ -64,6 +64,7 @@ class CacheWorkspace:
             from stages.corpus import prepare
 
             folder = require_local(self.config.corpus_folder, "corpus_dir").absolute()
+            self.require_tokenizers()
             with durable.disk_errors(folder):
                 durable.make_folder(folder.parent)
             # Of several tasks one prepares; the others wait and find it done.
@@ -73,6 +74,27 @@ class CacheWorkspace:
                     lambda: width_to_prepare(self),
                 )  # fmt: skip
         return info
+
+    def require_tokenizers(self) -> None:
+        """Refuses teachers that are here and have another tokenizer than the corpus: before it is packed.
+
+        Raises:
+            VocabularyMismatch, TeacherError
+        """
+        from stages.tokenizer import load_tokenizer, require_same_tokenizer
+
+        corpus, key = self.config.corpus, "corpus.tokenizer"
+        if not at_hand(corpus.tokenizer, corpus.tokenizer_revision):
+            return
+        ours = load_tokenizer(locate(corpus.tokenizer, corpus.tokenizer_revision, key), key)
+        for name, options in self.config.teachers.items():
+            if at_hand(options.model, options.revision) and not self.imported(name):
+                key = f"teachers.{name}.model"
+                theirs = load_tokenizer(
+                    locate(options.model, options.revision, key), key,
+                    trust_remote_code=options.trust_remote_code,
+                )  # fmt: skip
+                require_same_tokenizer(ours, theirs, "the corpus", f"teacher {name!r}")
 
     def jobs(self, info: CorpusInfo) -> list[TeacherJob]:
         """Returns what each teacher has done and has to do."""

@@ -51,6 +51,7 @@ def prepare(work: Workspace) -> list[Action]:
     info, _ = work.looked_at()
     if info is not None:
         return [*actions, done(f"the corpus, {info.parts} parts in {folder}")]
+    work.require_tokenizers()
     there = len(manifest.listing(folder))
     kept = f", keeping the {there} parts that are there" if there else ""
     what = (
@@ -71,7 +72,10 @@ def cache_teachers(work: Workspace, teachers: Sequence[str] = (), share: str = "
     """
     work.require_teachers(teachers)
     actions = [action for action in prepare(work) if not action.done]
-    return actions + _caches(work, teachers, share)
+    actions += _caches(work, teachers, share)
+    if any(not action.done for action in actions):
+        work.require_tokenizers()
+    return actions
 
 
 def append(work: Workspace) -> list[Action]:

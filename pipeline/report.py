@@ -96,7 +96,27 @@ def summary(evaluation: Evaluation) -> Summary:
     """Returns the table of all models and a sentence on whether the fused teachers helped."""
     table = report_tables.perplexities(evaluation)
     note = report_tables.gold_note(evaluation)
-    return Summary(table.headers, table.rows, _verdict(evaluation), note)
+    verdict = " ".join(filter(None, (_verdict(evaluation), _ensemble_warning(evaluation))))
+    return Summary(table.headers, table.rows, verdict, note)
+
+
+def _ensemble_warning(evaluation: Evaluation) -> str:
+    """Returns what to think of where one teacher alone is better than the ensemble taught from."""
+    fused = evaluation["fused"].get(OVERALL, {}).get("perplexity")
+    alone = {
+        name: of_it[OVERALL]["perplexity"]
+        for name, of_it in evaluation["teachers"].items()
+        if of_it.get(OVERALL, {}).get("perplexity") is not None
+    }
+    if fused is None or not alone:
+        return ""
+    best = min(alone, key=alone.__getitem__)
+    if alone[best] >= fused:
+        return ""
+    return (
+        f"The ensemble ({perplexity(fused)}) is worse than the teacher {best} alone "
+        f"({perplexity(alone[best])}): on this text try fusion.weights=single:{best}, em or others."
+    )
 
 
 def _verdict(evaluation: Evaluation) -> str:

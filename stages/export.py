@@ -39,19 +39,23 @@ def export(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    saved = {name: value.to(dtype) for name, value in state.items()}
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        with durable.disk_errors(folder):
-            model.save_pretrained(temporary, state_dict=saved)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "scholiast.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
-            if card is not None:
-                (temporary / "README.md").write_text(card(temporary), encoding="utf-8")
-            durable.replace_folder(temporary, folder)
-    finally:
-        model.config.dtype = before
+    tied = model.all_tied_weights_keys  # a tied head lies in the file once, as its model loads it
+    saved = {name: value.to(dtype) for name, value in state.items() if name not in tied}
+    with durable.disk_errors(folder):
+        model.save_pretrained(temporary, state_dict=saved)
+        _state_dtype(temporary / "config.json", dtype)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "scholiast.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
+        if card is not None:
+            (temporary / "README.md").write_text(card(temporary), encoding="utf-8")
+        durable.replace_folder(temporary, folder)
+
+
+def _state_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Puts the saved weights' dtype into a configuration: save_pretrained writes that of its model."""
+    config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def export_checkpoint(run: Run, model: Any, tokenizer: Any, step: int | None, folder: Path) -> int:

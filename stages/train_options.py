@@ -112,7 +112,9 @@ class TrainOptions(Options):
     @model_validator(mode="after")
     def _one_length(self) -> TrainOptions:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either `epochs` or `steps`")
+            raise ValueError(
+                "give either `epochs` or `steps`, and null for the other (--set train.epochs=null)"
+            )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together exceed the run")
         return self

@@ -137,7 +137,7 @@ def device_name(work: CacheWorkspace) -> tuple[str, bool]:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), True
     threads = work.config.threads or torch.get_num_threads()
-    return f"cpu: {_cpu_model()}, {threads} threads", False
+    return f"cpu: {_cpu_model()}, {threads} thread{'' if threads == 1 else 's'}", False
 
 
 def _cpu_model() -> str:

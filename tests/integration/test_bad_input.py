@@ -60,7 +60,8 @@ def test_another_tokenizer(lab: Lab, cli: Cli) -> None:
     make_tokenizer(lab.root / "b", texts=[text[::-1] for text in sentences(200, 9)])
     result = cli("cache-teachers", lab.write())
     refused(result, "teacher 'two' has another tokenizer", "token id", "expected:", "found:")
-    assert not (lab.root / "run/cache/one").exists(), "an hour would have been spent first"
+    assert not (lab.root / "run/corpus").exists(), "hours of packing would have been spent first"
+    refused(cli("cache-teachers", lab.write(), "--dry-run"), "has another tokenizer")
 
 
 def test_same_vocabulary_cut_differently(lab: Lab, cli: Cli) -> None:

@@ -262,3 +262,12 @@ def test_doctor_without_a_run_and_before_the_demonstration(home: Lab, cli: Cli) 
     assert states(cli("doctor", config, "--json"))["assets"] == "warn"
     for key in ("device=cuda", "cache_dir=gopher://nowhere/x"):
         assert cli("doctor", home.write(), "--set", key).exit_code == 1, key
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_source_without_text_is_refused(home: Lab, cli: Cli, text: str) -> None:
+    (home.root / "empty.txt").write_text(text)
+    result = cli("init", home.root / "e.yaml", "--yes", "--teacher", f"a={home.root}/a",
+                 "--keep-layers", 2, "--source", f"e={home.root}/empty.txt")  # fmt: skip
+    assert result.exit_code == 2 and "the source holds no text" in result.output, result.output
+    assert not (home.root / "e.yaml").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from conftest import Lab
+from safetensors.torch import load_file
 
 
 def test_from_nothing_to_report(lab: Lab, cli: Callable[..., Any]) -> None:
@@ -41,6 +42,16 @@ def test_student_is_an_ordinary_checkpoint(lab: Lab, cli: Callable[..., Any]) ->
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.num_hidden_layers == 2 and type(model).__name__ == "LlamaForCausalLM"
     assert (folder / "generation_config.json").exists()
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored, "a tied head is stored once"
+    dtypes = {value.dtype for value in stored.values()}
+    told = json.loads((folder / "config.json").read_text())["dtype"]
+    assert dtypes == {getattr(torch, told)}
+    count = sum(value.numel() for value in stored.values())
+    assert (
+        count == model.num_parameters()
+        and f"{count:,} parameters" in (folder / "README.md").read_text()
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the quick", return_tensors="pt")
     with torch.no_grad():

@@ -339,6 +339,17 @@ def test_verdict(fused: float, baseline: float | None, expected: list[str]) -> N
     assert all(part in verdict for part in expected), verdict
 
 
+def test_verdict_warns_where_one_teacher_is_better_than_the_ensemble() -> None:
+    measured = evaluation()
+    assert "alone" not in summary(measured).verdict.partition("cross-entropy alone")[2]
+    name = next(iter(measured["teachers"]))
+    measured["teachers"][name]["overall"]["perplexity"] = (
+        0.9 * measured["fused"]["overall"]["perplexity"]
+    )
+    told = summary(measured).verdict
+    assert f"is worse than the teacher {name} alone" in told and f"single:{name}" in told
+
+
 def test_verdict_tells_of_unequal_steps() -> None:
     measured = evaluation()
     measured["training"]["cross_entropy"]["steps"] = 30

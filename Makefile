@@ -3,6 +3,7 @@ PYTHON ?= python3
 CONFIG ?= pipeline/configs/demo.yaml
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+comma  := ,
 SCHOLIAST := $(BIN)/scholiast
 # LAUNCH=slurm submits batch jobs (see pipeline/launch/README.md) where otherwise this machine does the work.
 LAUNCH ?= here
@@ -27,15 +28,20 @@ FUZZ_SECONDS ?= 600
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(BIN)/.installed: pyproject.toml constraints.txt
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+endef
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(call install,demo)
 	@touch $@
 
-$(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
-	@touch $@
+# Not by way of the above: from nothing that would ask pip twice.
+$(BIN)/.installed-test: pyproject.toml constraints.txt
+	$(call install,demo$(comma)test)
+	@touch $(BIN)/.installed $@
 
 setup: $(BIN)/.installed  ## the environment alone, in .venv
 
@@ -63,8 +69,9 @@ lint: $(BIN)/.installed-test  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two workers with two threads each would wait for one another: a quarter of the time.
 test: lint  ## lint, then every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback
 	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,23 @@ from stages.batches import Batch
 from storage.errors import ConfigError
 
 
-@pytest.fixture(params=["balanced", "compact"])
-def cached(lab: Lab, request: pytest.FixtureRequest) -> Lab:
+@pytest.fixture(scope="module", params=["balanced", "compact"])
+def made(
+    request: pytest.FixtureRequest, _parts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Lab:
+    lab = Lab(Path(shutil.copytree(_parts, tmp_path_factory.mktemp("made") / "lab")))
     lab.config["store"] |= {
         "preset": request.param,
         "draws": 6 if request.param == "compact" else 0,
     }
     lab.workspace().cache_teachers()
+    return lab
+
+
+@pytest.fixture
+def cached(made: Lab, tmp_path: Path) -> Lab:
+    lab = Lab(Path(shutil.copytree(made.root, tmp_path / "lab")))
+    lab.config["store"] = made.config["store"]
     return lab
 
 

@@ -113,6 +113,7 @@ def test_appended_notes_are_those_of_the_sources_alone(lab: Lab, cli: Cli) -> No
     assert np.array_equal(blocks.tokens, alone_blocks.tokens)
 
 
+@pytest.mark.long
 def test_killed_append_goes_on_and_ends_the_same(lab: Lab, cli: Cli) -> None:
     """Also where a part of the older generation was still missing."""
     undisturbed = f"{lab.root}/undisturbed"

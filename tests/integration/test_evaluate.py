@@ -98,6 +98,7 @@ def test_further_students_that_cannot_be_measured_are_refused(trained: Lab, cli:
     assert twice.exit_code == 2 and "given twice" in twice.output
 
 
+@pytest.mark.long
 def test_lm_eval_runs_on_an_exported_student(trained: Lab) -> None:
     """Tasks in local files, without a network: a choice, and bits per byte of texts."""
     folder, student = trained.root / "tasks", trained.root / "run/students/fused/model"

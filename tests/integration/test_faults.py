@@ -47,6 +47,7 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.long
 def test_fifty_kills_end_in_the_same_bits(lab: Lab, memory: Path) -> None:
     lab.config |= {"teachers": {"one": {"model": f"{lab.root}/a"}}, "loss": {}}
     del lab.config["corpus"]["sources"][1]

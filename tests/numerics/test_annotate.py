@@ -97,6 +97,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(draws: int) -> None:
     assert largest.elements == chunk * V
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("temperatures", [(1.5, 2.0), (0.7, 4.0)])
 def test_compiled_passes_give_the_eager_notes(temperatures: tuple[float, ...]) -> None:

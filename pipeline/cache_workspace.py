@@ -10,9 +10,10 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from stages.model_files import at_hand, locate, parameters, present
+from stages.part_log import measured
 from stages.progress import Progress
 from stages.shares import Outcome, Share
-from stages.teacher_jobs import TeacherJob, measured, plan_jobs, stored
+from stages.teacher_jobs import TeacherJob, plan_jobs, stored
 from storage import durable
 from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError, IncompleteCache

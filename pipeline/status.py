@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import BASELINE, FUSED
 from pipeline.launch.logs import failed_tasks
 from pipeline.workspace import Workspace
-from stages.teacher_jobs import TeacherJob, measured
+from stages.part_log import measured
+from stages.teacher_jobs import TeacherJob
 from storage import manifest
 from storage.checked import parse, read_bounded
 from storage.errors import CheckpointError

@@ -21,16 +21,18 @@ from stages.annotate import PartAnnotator
 from stages.behind import Behind
 from stages.device import Usage, device_of_task
 from stages.options import StoreOptions
+from stages.part_log import append_log
 from stages.progress import Progress
 from stages.shares import Claims, Dropped, Grace, Outcome, Share
 from stages.stop import StopSignals, names
 from stages.teacher import TransformersTeacher, require_fit
-from stages.teacher_jobs import TeacherJob, append_log, learning_blocks
+from stages.teacher_jobs import TeacherJob, learning_blocks
 from stages.tokenizer import load_tokenizer, require_same_tokenizer
 from storage.blocks import BlockReader
 from storage.durable import require_free
 from storage.errors import Stopped
-from storage.leases import Holder, Leases
+from storage.holders import Holder
+from storage.leases import Leases
 from storage.orders import IdOrders, learn_orders
 from storage.remote import Root
 from storage.types import AnyArray

@@ -14,56 +14,22 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from storage import durable
+from storage.holders import Holder, understood
 
 FOLDER = ".leases"
 BEATS = 6  # touches in a lease's lifetime: some may come late
 _FAILED = ".failed"
 _UNWRITTEN = 5.0  # seconds that a lease may go without its content
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lease.
-
-    Attributes:
-        host, pid, started: the process; `started` tells it from a later one of the same number.
-        job: the scheduler's name of the task, the same after a requeue; None without a scheduler.
-        lifetime: seconds without a touch after which its leases are anyone's.
-        space: the boot and the namespace that `pid` counts in: containers and machines may share a name.
-        token: of this object alone.
-        since: its own clock when it began, seconds since 1970; for people.
-    """
-
-    host: str
-    pid: int
-    started: int
-    job: str | None
-    lifetime: float
-    space: str = field(default_factory=lambda: _space())
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    since: float = field(default_factory=time.time)
-
-    @classmethod
-    def here(cls, job: str | None, lifetime: float) -> Holder:
-        """Returns this process."""
-        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, job, lifetime)
-
-    def succeeds(self, other: Holder) -> bool:
-        """Returns whether the other is known to be gone: a dead process, this task before a requeue."""
-        if (self.host, self.space) == (other.host, other.space):
-            return _started(other.pid) != other.started
-        return self.job is not None and self.job == other.job
 
 
 @dataclass(frozen=True)
@@ -308,49 +274,12 @@ def _look(folder: Path, part: int, now: int) -> Lease | None:
     with os.fdopen(
         fd, "rb"
     ) as file:  # opened first: an NFS client then asks the server for its times
-        holder, touched = _understood(file.read()), os.fstat(fd).st_mtime_ns
+        holder, touched = understood(file.read()), os.fstat(fd).st_mtime_ns
     return Lease(part, holder, touched, (now - touched) / 1e9)
 
 
 def _holder(path: Path) -> Holder | None:
     try:
-        return _understood(path.read_bytes())
+        return understood(path.read_bytes())
     except FileNotFoundError:
         return None
-
-
-def _understood(data: bytes) -> Holder | None:
-    try:
-        body = json.loads(data)
-        holder = Holder(**{f.name: body[f.name] for f in fields(Holder)})
-        return holder if isinstance(holder.lifetime, int | float) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None  # not written yet
-
-
-def _space() -> str:
-    """Returns what tells whose process numbers these are: hosts and containers may share a name."""
-    told: list[str] = []
-    with contextlib.suppress(OSError):
-        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        told.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(told)
-
-
-def _started(pid: int) -> int | None:
-    """Returns when a process of this host was started, clock ticks; None if there is none (any more)."""
-    try:
-        rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None if Path("/proc/self/stat").exists() or not _there(pid) else 0
-    return None if rest[0] in "ZX" else int(rest[19])
-
-
-def _there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -15,7 +15,8 @@ from pipeline.planning.shapes import Shape, student_shape, teacher_shape
 from pipeline.planning.sizes import bytes_by_array
 from pipeline.status import newest_step
 from pipeline.workspace import Workspace
-from stages.teacher_jobs import TeacherJob, measured, stored
+from stages.part_log import measured
+from stages.teacher_jobs import TeacherJob, stored
 from storage import manifest
 from storage.corpus_info import CorpusInfo, stored_bytes
 from storage.fingerprint import tree_bytes

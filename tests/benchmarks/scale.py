@@ -25,7 +25,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stages.options import StoreOptions, TeacherOptions
-from stages.teacher_jobs import TeacherJob, append_log, log_path, measured, plan_jobs, stored
+from stages.part_log import append_log, log_path, measured
+from stages.teacher_jobs import TeacherJob, plan_jobs, stored
 from storage import manifest
 from storage.blocks import BlockReader
 from storage.corpus_info import (

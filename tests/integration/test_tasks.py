@@ -25,7 +25,8 @@ from pipeline.tasks import Task, find_task
 from stages.shares import Dropped, Grace, Share
 from stages.stop import StopSignals
 from storage import durable, leases
-from storage.leases import Holder, Leases
+from storage.holders import Holder
+from storage.leases import Leases
 from storage.verify import verify
 
 Cli = Callable[..., Any]

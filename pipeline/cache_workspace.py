@@ -85,14 +85,15 @@ class CacheWorkspace:
         from stages.tokenizer import load_tokenizer, require_same_tokenizer
 
         corpus, key = self.config.corpus, "corpus.tokenizer"
-        if not at_hand(corpus.tokenizer, corpus.tokenizer_revision):
+        if not at_hand(corpus.tokenizer, corpus.tokenizer_revision, weights=False):
             return
-        ours = load_tokenizer(locate(corpus.tokenizer, corpus.tokenizer_revision, key), key)
+        place = locate(corpus.tokenizer, corpus.tokenizer_revision, key, weights=False)
+        ours = load_tokenizer(place, key)
         for name, options in self.config.teachers.items():
-            if at_hand(options.model, options.revision) and not self.imported(name):
+            if not self.imported(name) and at_hand(options.model, options.revision, weights=False):
                 key = f"teachers.{name}.model"
                 theirs = load_tokenizer(
-                    locate(options.model, options.revision, key), key,
+                    locate(options.model, options.revision, key, weights=False), key,
                     trust_remote_code=options.trust_remote_code,
                 )  # fmt: skip
                 require_same_tokenizer(ours, theirs, "the corpus", f"teacher {name!r}")

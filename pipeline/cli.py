@@ -34,13 +34,15 @@ def main() -> None:
     \b
     init            a configuration for your teachers, text, student and machine
     doctor          whether machine, folders, models and text are ready
+    plan            bytes, hours, memory of what is to come; status: how far it is
     prepare         documents → packed token blocks
     cache-teachers  each teacher once over the blocks → sparse notes on disk
     append          more sources or teachers, without touching what is there
     train-student   the student on the teachers' fused notes
-    evaluate        held-out figures
+    evaluate        held-out figures; generate: what a student writes
     report          HTML, Markdown and JSON of them; of several runs: a comparison
-    launch          the whole of it on a cluster; status: how far it is
+    export, push    a student to give away; caches to a remote store
+    launch          the whole of it on a cluster
     import          another tool's capture as a teacher's cache; export-cache: the other way
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds

@@ -46,18 +46,27 @@ def prepare(work: Workspace) -> list[Action]:
     Raises:
         StaleCache, CorpusError, TeacherError, ConfigError: as the command would.
     """
-    config, actions = work.config, _assets(work)
+    corpus, actions = work.config.corpus, _assets(work)
+    if not (
+        work.config.assets or work.there(corpus.tokenizer, corpus.tokenizer_revision, weights=False)
+    ):
+        actions.append(_download("tokenizer", corpus.tokenizer))
+    return actions + _corpus(work)
+
+
+def _corpus(work: Workspace) -> list[Action]:
+    config = work.config
     folder = require_local(config.corpus_folder, "corpus_dir")
     info, _ = work.looked_at()
     if info is not None:
-        return [*actions, done(f"the corpus, {info.parts} parts in {folder}")]
+        return [done(f"the corpus, {info.parts} parts in {folder}")]
     work.require_tokenizers()
     there = len(manifest.listing(folder))
     kept = f", keeping the {there} parts that are there" if there else ""
     what = (
         f"prepare {len(config.corpus.sources)} sources into blocks of {config.corpus.block_length}"
     )
-    return [*actions, Action(what + kept, (str(folder),))]
+    return [Action(what + kept, (str(folder),))]
 
 
 def cache_teachers(work: Workspace, teachers: Sequence[str] = (), share: str = "") -> list[Action]:
@@ -72,10 +81,16 @@ def cache_teachers(work: Workspace, teachers: Sequence[str] = (), share: str = "
     """
     work.require_teachers(teachers)
     actions = [action for action in prepare(work) if not action.done]
-    actions += _caches(work, teachers, share)
-    if any(not action.done for action in actions):
+    actions += [] if work.config.assets else [
+        _download("model", options.model)
+        for name, options in work.config.teachers.items()
+        if name in (teachers or work.config.teachers)
+        and not (work.imported(name) or work.there(options.model, options.revision))
+    ]  # fmt: skip
+    caches = _caches(work, teachers, share)
+    if not actions and any(not one.done for one in caches):  # else `prepare` has looked
         work.require_tokenizers()
-    return actions
+    return actions + caches
 
 
 def append(work: Workspace) -> list[Action]:
@@ -149,14 +164,11 @@ def _assets(work: Workspace) -> list[Action]:
         folder = config.run / "assets"
         names = ", ".join(missing(folder))
         return [Action(f"build {names}", (str(folder),))] if names else []
-    corpus = config.corpus
-    wanted = {(corpus.tokenizer, corpus.tokenizer_revision): "tokenizer"}
-    wanted |= {(t.model, t.revision): "model" for t in config.teachers.values()}
-    return [
-        Action(f"download the {kind} {name}", ("the hub's cache on this machine",))
-        for (name, revision), kind in wanted.items()
-        if not work.there(name, revision)
-    ]
+    return []
+
+
+def _download(kind: str, name: str) -> Action:
+    return Action(f"download the {kind} {name}", ("the hub's cache on this machine",))
 
 
 def _caches(work: Workspace, teachers: Sequence[str] = (), share: str = "") -> list[Action]:

@@ -18,6 +18,7 @@ from pipeline.config import FUSED
 from pipeline.gguf import conversion
 from pipeline.licences import NOT_STATED, Licence, stated
 from pipeline.page import render
+from pipeline.plots import OVERALL
 from stages.model_files import parameters
 from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pipeline.workspace import Workspace
 
 FILE: Final = "README.md"
-OVERALL: Final = "overall"
 _MARK: Final = re.compile(r"<!-- scholiast ([0-9a-f]{64}) -->\n\Z")
 _SHOWN: Final = ("perplexity", "bits_per_byte", "accuracy")
 

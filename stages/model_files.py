@@ -81,9 +81,11 @@ def present(model: str, revision: str | None, *, weights: bool = True) -> bool:
     return _whole(folder) if weights else any(folder.iterdir())
 
 
-def at_hand(model: str, revision: str | None) -> bool:
-    """Returns whether a whole model is here: a folder, or in the hub cache."""
-    return Path(model).is_dir() or (not _looks_like_path(model) and present(model, revision))
+def at_hand(model: str, revision: str | None, *, weights: bool = True) -> bool:
+    """Returns whether a model (or its tokenizer alone) is here: a folder, or in the hub cache."""
+    if Path(model).is_dir():
+        return True
+    return not _looks_like_path(model) and present(model, revision, weights=weights)
 
 
 def _whole(folder: Path) -> bool:

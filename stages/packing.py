@@ -324,6 +324,7 @@ def _block(merged: dict[str, Any], length: int) -> TokenBlocks:
 
 
 def concatenate(blocks: list[TokenBlocks], first: int) -> TokenBlocks:
+    """Returns blocks of one each as blocks of many, numbered from `first` on."""
     return TokenBlocks(
         np.arange(first, first + len(blocks)),
         *(

@@ -25,7 +25,7 @@ from stages.annotate import PartAnnotator
 from stages.behind import Behind
 from stages.corpus import first_blocks
 from stages.device import Usage, choose_device, resident_bytes
-from stages.model_files import locate
+from stages.model_files import at_hand, locate
 from stages.teacher import TransformersTeacher, require_fit
 from stages.tokenizer import load_tokenizer, require_same_tokenizer, vocab_size
 from storage.blocks import BlockReader
@@ -49,12 +49,12 @@ def measure(work: Workspace, say: Callable[[str], None]) -> list[str]:
     teachers = {
         f"teachers.{name}": options
         for name, options in config.teachers.items()
-        if work.there(options.model, options.revision)
+        if at_hand(options.model, options.revision)
     }
     untold += [f"{key} was not measured: its model is not here yet"
                for key in (f"teachers.{n}" for n in config.teachers) if key not in teachers]  # fmt: skip
     corpus = config.corpus
-    if not work.there(corpus.tokenizer, corpus.tokenizer_revision):
+    if not work.there(corpus.tokenizer, corpus.tokenizer_revision, weights=False):
         return [*untold, "nothing was measured: the tokenizer is not here yet"]
     largest = max(options.batch_blocks for options in config.teachers.values())
     blocks = sample(work, (_MOST_BATCHES + 1) * largest)

@@ -19,10 +19,12 @@ class Device:
 
     Attributes:
         flops: its bf16 FLOP/s; None: this machine's, measured for half a second when first needed.
+        gpu: whether it is a GPU, of which a CPU's calibration tells nothing.
         any_measured: whether a calibration of any device will do, and not only of this machine's.
     """
 
     flops: float | None = None
+    gpu: bool = False
     any_measured: bool = False
 
 
@@ -48,7 +50,7 @@ class Pace:
         cluster = self._work.config.cluster
         asked = cluster.train if key == "student" else cluster.teachers.get(key.partition(".")[2])
         over = cluster.defaults if asked is None else asked.over(cluster.defaults)
-        return found.gpu or not over.gpus
+        return found.gpu or not (self._device.gpu or over.gpus)
 
     def tokens_per_s(self, key: str, flops_of_a_token: float) -> tuple[float, str]:
         """Returns the rate of a model and what it rests on."""

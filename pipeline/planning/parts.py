@@ -70,7 +70,7 @@ def sized(work: CacheWorkspace, pace: Pace) -> int:
     `cluster.part_minutes` for, but at least PARTS_OF_A_TASK parts a task where there are so many blocks,
     and a largest shard of at most SHARD_BYTES before compression.
 
-    Teachers whose models are not here say nothing; if none is, `stages.corpus.WIDTH` is taken for it.
+    Teachers whose models are not here say nothing; if none is, it is `corpus_identity.WIDTH`.
     """
     config, length = work.config, work.config.corpus.block_length
     rates = []

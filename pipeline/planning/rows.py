@@ -171,7 +171,7 @@ def _student_rows(
         seconds, size, basis = None, 0.0, "model not here yet"
         if shape is not None:
             rate, basis = pace.tokens_per_s(STUDENT, 8.0 * shape.parameters)
-            seconds = step_tokens * (steps - done) / rate
+            seconds = step_tokens * max(0, steps - done) / rate
             saved = 4.0 * shape.parameters + 8.0 * shape.trainable
             size = saved * config.train.keep_checkpoints + 4.0 * shape.parameters
         left = max(0.0, size - there)

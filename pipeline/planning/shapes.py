@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.cache_workspace import CacheWorkspace
 from pipeline.workspace import Workspace
 from stages.model_files import (
+    at_hand,
     context_length,
     dimension,
     hidden_size,
@@ -82,7 +83,7 @@ class Shape:
 def teacher_shape(work: CacheWorkspace, name: str) -> Shape | None:
     """Returns a teacher's shape, None if its model is not here yet."""
     options, key = work.config.teachers[name], f"teachers.{name}.model"
-    if not work.there(options.model, options.revision):
+    if not at_hand(options.model, options.revision):
         return None
     folder = locate(options.model, options.revision, key)
     return Shape.of(read_config(folder, key), parameters(folder, key))

@@ -48,7 +48,7 @@ def whole_plan(work: Workspace, asked: Asked, notes: Sequence[str] = ()) -> dict
     Raises:
         ScholiastError: the configuration does not fit what is there.
     """
-    pace = Pace(work, Device(asked.flops))
+    pace = Pace(work, Device(asked.flops, gpu=asked.flops is not None))
     rows, facts = make_plan(work, pace=pace)
     device = _device(work, asked)
     steps = [_step(work, row, asked) for row in rows]

@@ -147,8 +147,8 @@ def limits() -> list[Check]:
     told = ["no limit" if n == resource.RLIM_INFINITY else f"{n:,}" for n in (soft, hard)]
     few = soft != resource.RLIM_INFINITY and soft < _FEW_FILES
     return [Check("system", "open files", WARN if few else OK, f"{told[0]} (at most {told[1]})",
-                  "raise it: ulimit -n 65536, or in limits.conf; readers open shards again and again "
-                  "otherwise" if few else "")]  # fmt: skip
+                  "have the hard limit raised (limits.conf, or an administrator); readers open "
+                  "shards again and again otherwise" if few else "")]  # fmt: skip
 
 
 def folder(path: Path, name: str, needed: float = 0.0) -> list[Check]:

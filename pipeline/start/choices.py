@@ -222,14 +222,12 @@ def compose(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _corpus(job: Job, length: int) -> dict[str, Any]:
-    blocks = job.tokens // length
     sources = []
     for found, share in job.sources:
         own = found.options.model_dump(exclude_defaults=True)
         sources.append({**own, **({"heldout": share} if share else {})})
-    part = 64 if blocks > 1024 else 8
     return {
-        "tokenizer": job.tokenizer, "block_length": length, "blocks_per_part": part,
+        "tokenizer": job.tokenizer, "block_length": length,
         **({} if job.ends else {"append_eos": False}), "sources": sources,
     }  # fmt: skip
 
@@ -268,7 +266,6 @@ def _comments(job: Job, teachers: Mapping[str, Any], length: int) -> dict[str, s
         "device": job.machine.about,
         "corpus.tokenizer": f"{job.ids:,} ids, shared by all models",
         "corpus.block_length": "tokens that a model reads at once",
-        "corpus.blocks_per_part": "the unit of work and of a resume",
         "corpus.append_eos": "the tokenizer has no token to end a document with",
         **named,
         **{f"teachers.{name}": facts.about for name, facts in job.teachers.items()},
@@ -293,7 +290,11 @@ def problems(job: Job, config: Mapping[str, Any]) -> list[str]:
     for name, facts in job.teachers.items():
         needed = teacher_blocks(facts, job, length, width)[1]
         if needed > memory * max(1, job.machine.gpus):
-            told.append(f"teacher {name} takes about {needed / 1e9:.0f} GB of {memory / 1e9:.0f}")
+            told.append(
+                f"teacher {name} takes about {needed / 1e9:.0f} GB of "
+                f"{memory * max(1, job.machine.gpus) / 1e9:.0f}: take a smaller one, or a machine "
+                "with more memory (--memory)"
+            )
     needed = batches(job, length, config["train"]["precision"]).needed
     if needed > memory:
         told.append(

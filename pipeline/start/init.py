@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from pipeline.start.machine import Machine
 
 _FAMILY_SECTIONS = ("store", "fusion", "loss")
+_TOKENS_OF_A_STEP = (
+    "train.batch_blocks",
+    "train.accumulate",
+    "corpus.block_length",
+    "train.epochs",
+)
 _NEXT = ("doctor", "plan", "cache-teachers", "train-student", "evaluate", "report")
 
 
@@ -168,12 +174,18 @@ def _compose(
 
     config, comments = compose(job)
     for section in (name for name in _FAMILY_SECTIONS if name in base):
+        for key, value in base[section].items():
+            if config[section].get(key) != value:
+                comments.pop(f"{section}.{key}", None)
         config[section] = {**config[section], **base[section]}
     if base:
         config["train"]["lr"] = base["train"]["lr"]
+        comments["train.lr"] = "of the ready configuration"
     for text in overrides:
         override(config, text)
-        comments.pop(text.partition("=")[0], None)
+        key = text.partition("=")[0]
+        for stale in (key, *(_TOKENS_OF_A_STEP if key in _TOKENS_OF_A_STEP else ())):
+            comments.pop(stale, None)
     validated(config, file)
     shown = shlex.quote(str(file))
     header = [

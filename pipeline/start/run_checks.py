@@ -68,10 +68,18 @@ def _models(config: RunConfig) -> tuple[_Models, Any, list[Check]]:
     """Returns the models that can be looked at, the corpus's tokenizer if it is there, and checks."""
     from stages.model_files import locate
     from stages.tokenizer import load_tokenizer
+    from storage.writer import is_imported, open_cache
 
     models, checks = {}, []
     for name, one in config.teachers.items():
         key = f"teachers.{name}"
+        try:
+            opened = open_cache(config.cache_folder / name)
+        except ScholiastError:  # told of by the checks of folders
+            opened = None
+        if opened is not None and is_imported(opened[0]):
+            checks.append(Check("models", key, OK, "its cache was imported: no model is needed"))
+            continue
         try:
             models[key] = look_at(one.model, one.revision, key, trusted=one.trust_remote_code)
         except ScholiastError as error:

@@ -235,8 +235,14 @@ def _texts(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any
     return list(_limited(rows)), len(files)
 
 
+def _is_list(path: Path) -> bool:
+    """Returns whether a file is one JSON list, and not a value a line."""
+    with path.open("rb") as file:
+        return file.read(1 << 12).lstrip()[:1] == b"["
+
+
 def _json_rows(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
-    if files[0].suffix == ".json" and files[0].read_text().lstrip()[:1] == "[":
+    if files[0].suffix == ".json" and _is_list(files[0]):
         values = [row for path in files for row in json.loads(path.read_text())]
         return list(_limited(iter(values))), len(values)
     read = 0

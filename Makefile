@@ -70,7 +70,7 @@ lint: $(BIN)/.installed-test  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 # Two workers with two threads each would wait for one another: a quarter of the time.
-test: lint  ## lint, then every test
+test: lint  ## lint, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-long: $(BIN)/.installed-test  ## four tests that take a minute: fifty kills, a killed append, lm-eval, compiled passes

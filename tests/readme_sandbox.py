@@ -28,8 +28,6 @@ TOP: Final = Path(__file__).resolve().parents[1]
 
 PLACEHOLDERS: Final = {
     "CONFIG": "pipeline/configs/demo.yaml",
-    "FOLDER": "folder",
-    "URL": "file:///tmp/readmes/store",
     "NAME": "code",
     "I": "0",
     "N": "2",

@@ -9,8 +9,10 @@ Checksums are put right before a decoder sees the bytes, or nothing would come p
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -57,6 +59,7 @@ _FOLDER = Path(
         prefix="scholiast-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
     )
 )
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 _T, _K, _V = 4, 3, 300
 _SPECS = [
     ArraySpec(dtype, (2, _K, _T), (2, _K, _T), (1, _K, _T), ("block", "entry", "token"))
@@ -299,10 +302,6 @@ def try_one(name: str, data: bytes) -> str:
 
 
 if __name__ == "__main__":
-    import atexit
-    import shutil
-
-    atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
     chosen = sys.argv.pop(1)
     torch.set_num_threads(1)
 

@@ -136,8 +136,7 @@ def _decoder(name: str, seconds: float, options: argparse.Namespace, room: Path)
     """Runs a decoder under atheris."""
     corpus = room / f"corpus-{name}"
     corpus.mkdir()
-    kept = Path(__file__).parent / "corpus" / name
-    for i, data in enumerate([*seeds(name), *(p.read_bytes() for p in sorted(kept.glob("*")))]):
+    for i, data in enumerate(seeds(name)):
         (corpus / f"seed-{i}").write_bytes(data)
     prefix = f"{options.crashes.resolve()}/{name}-"
     words = [sys.executable, str(Path(__file__).with_name("decoders.py")), name, str(corpus),

@@ -314,7 +314,8 @@ def test_another_tokenizer_is_refused(
     assert result.exit_code == 1 and "another tokenizer" in result.output
     other = [Document([(t * 7 + 1) % 250 for t in d.tokens], d.logp) for d in made[1]]
     result = take(write_lines(tmp_path / "a.jsonl", vllm_lines(other)), "vllm")
-    assert result.exit_code == 1 and not (tmp_path / "cache/big").exists()
+    assert result.exit_code == 1 and "the first: block 0" in result.output, result.output
+    assert not (tmp_path / "cache/big").exists()
 
 
 def test_k_is_what_every_entry_has(
@@ -333,7 +334,7 @@ def test_k_is_what_every_entry_has(
     require_equal(lab, tmp_path / "cache/big", found, 4, 0.0)
 
 
-def test_own_caches_and_other_captures_are_not_overwritten(
+def test_another_capture_is_not_written_over(
     made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
 ) -> None:
     _, found = made
@@ -345,6 +346,16 @@ def test_own_caches_and_other_captures_are_not_overwritten(
     other = take(write_lines(tmp_path / "b.jsonl", vllm_lines(found, 4)), "vllm")
     assert other.exit_code == 1 and "made from something else" in other.output
     assert digests(tmp_path / "cache") == before
+
+
+@pytest.mark.after("cache-teachers")
+def test_an_own_cache_is_not_overwritten(lab: Lab, cli: Cli, tmp_path: Path) -> None:
+    before = digests(lab.root / "run/cache")
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    result = cli("import", lab.write(), "--teacher", "one", "--from", path, "--format", "vllm")
+    assert result.exit_code == 1 and "has a cache of its own" in result.output, result.output
+    assert digests(lab.root / "run/cache") == before
 
 
 def test_a_stopped_import_goes_on(
@@ -437,8 +448,6 @@ def test_a_lower_bound_must_be_asked_for_and_is_marked(
         assert 0 < stored[block, t] <= -(np.exp(logp) * logp).sum() + 1e-4
     shown = cli("inspect", tmp_path / "cache/big", "-q")
     assert "entropy (nats), a lower bound" in shown.output, shown.output
-    plain = tmp_path / "plain"
-    plain.mkdir()
     shutil.rmtree(tmp_path / "cache")
     assert take(path, "vllm").exit_code == 0
     shown = cli("inspect", tmp_path / "cache/big", "-q", "--block", "0")

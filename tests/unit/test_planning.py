@@ -127,9 +127,9 @@ def test_what_does_not_fit_is_a_warning(
     plan = planned(cli, lab, "--device-memory", 0.01)
     assert len(plan["warnings"]) == 3 and "student does not fit" in plan["warnings"][2]
     usage = namedtuple("usage", "total used free")(9, 8, 1)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    assert [w for w in planned(cli, lab)["warnings"] if w.startswith("disk: ")]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: usage)
+        assert [w for w in planned(cli, lab)["warnings"] if w.startswith("disk: ")]
     longest = "blocks are longer than the context of"
     told = planned(cli, lab, corpus__block_length=512)["warnings"]
     assert len(told) == 3 and all(longest in one for one in told)

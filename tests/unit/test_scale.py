@@ -13,16 +13,9 @@ from conftest import Lab
 
 from stages.corpus import prepare
 from stages.options import StoreOptions, TeacherOptions
+from stages.part_log import Measured, append_log, log_path, measured
 from stages.progress import Silent
-from stages.teacher_jobs import (
-    Measured,
-    TeacherJob,
-    append_log,
-    log_path,
-    measured,
-    plan_jobs,
-    stored,
-)
+from stages.teacher_jobs import TeacherJob, plan_jobs, stored
 from storage import manifest
 from storage.blocks import BlockReader
 from storage.corpus_info import CorpusGeneration, CorpusInfo, SourceRange, stored_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -38,16 +39,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_once(built: Path) -> None:
-    rooms = [
-        path
-        for path in (built / "tree").iterdir()
-        if path.name in ("pipeline", "stages", "storage")
-    ]
+    rooms = [built / "tree" / room for room in ROOMS]
     ours = {str(p.relative_to(built / "tree")) for room in rooms for p in room.rglob("*.py")}
     expected = {name.removeprefix(PUBLIC) for name in ours}
     assert "scholiast/__init__.py" in expected and "pipeline/api/cache.py" in expected
     found = {str(p.relative_to(built / "wheel")) for p in (built / "wheel").rglob("*.py")}
     assert found == expected
+    data = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path.relative_to(built / "tree")
+        for pattern in data["pipeline"] for path in (built / "tree/pipeline").glob(pattern)
+    }  # fmt: skip
+    assert len(shipped) > 8 and all((built / "wheel" / path).is_file() for path in shipped)
 
 
 @pytest.mark.parametrize(("kind", "home"), [("wheel", "wheel"), ("editable", f"tree/{PUBLIC}")])

@@ -192,7 +192,8 @@ class Scratch:
         at = np.minimum(at, len(ids) - 1)
         hit = (ids[at] == tokens[:, None]) & (columns < counts[:, None])
         rows = np.flatnonzero(hit.any(1))
-        found[rows] = logprobs[at[rows, hit[rows].argmax(1)]]
+        if len(rows):  # a capture of other tokens serves no row, and argmax wants a column
+            found[rows] = logprobs[at[rows, hit[rows].argmax(1)]]
         _, gold, actual = self._entries
         return np.where(
             (actual[entries] == tokens) & ~np.isnan(gold[entries]), gold[entries], found

@@ -73,7 +73,7 @@ lint: $(BIN)/.installed-test  ## ruff and mypy --strict
 test: lint  ## lint, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-long: $(BIN)/.installed-test  ## four tests that take a minute: fifty kills, a killed append, lm-eval, compiled passes
+test-long: $(BIN)/.installed-test  ## the long tests: kills, races, damages by the hundred, lm-eval, compiled passes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback

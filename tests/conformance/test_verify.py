@@ -99,6 +99,7 @@ def damage(how: str, data: bytes, generator: np.random.Generator) -> bytes | Non
 WAYS = ("bit", "byte", "truncated", "longer", "deleted")
 
 
+@pytest.mark.long
 def test_five_hundred_damages_are_found_and_never_read(run: Path) -> None:
     """One at a time, over every kind of object; the bytes are put back after each."""
     generator = np.random.default_rng(0)

@@ -156,6 +156,7 @@ def test_without_append_added_sources_are_refused(lab: Lab, cli: Cli) -> None:
     assert refused.exit_code == 1 and "block_length=16" in refused.output
 
 
+@pytest.mark.long
 def test_student_of_the_smaller_corpus_is_another_run(lab: Lab, cli: Cli) -> None:
     for command in ("cache-teachers", "train-student"):
         succeed(cli, command, lab.write())

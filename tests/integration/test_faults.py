@@ -65,6 +65,7 @@ def test_fifty_kills_end_in_the_same_bits(lab: Lab, memory: Path) -> None:
             assert all(leftover.ours for leftover in report.leftovers)
 
 
+@pytest.mark.long
 def test_any_number_of_writers_makes_the_same_cache(lab: Lab, memory: Path) -> None:
     """One, two and five processes with parts of their own; two processes on every part at once."""
     config = lab.write(corpus__blocks_per_part=8, store__chunk_tokens=256)

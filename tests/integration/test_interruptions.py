@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import Lab, digests
 
 Cli = Callable[..., Any]
@@ -43,6 +44,7 @@ def succeed(cli: Cli, *arguments: object) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.long
 def test_killed_cache_goes_on_and_ends_the_same(lab: Lab, cli: Cli, cached_parts: Path) -> None:
     undisturbed = cached_parts / "run"
     config, folder = lab.write(), lab.root / "run"

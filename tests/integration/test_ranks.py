@@ -219,6 +219,7 @@ def test_rows_tell_speed_wait_and_memory(played: dict[str, Any], folder: Path) -
             assert row["tokens_per_s"] > 0
 
 
+@pytest.mark.long
 def test_torchrun_passes_the_signal_on(lab_of_caches: Lab) -> None:
     """The documented command: torchrun, told by SIGUSR1, lets its ranks save."""
     root = lab_of_caches.root

@@ -104,6 +104,7 @@ def test_joined_reading_from_s3_is_bit_equal(
     assert len(found) == len(plain) and all(same(a, b) for a, b in zip(plain, found, strict=True))
 
 
+@pytest.mark.long
 def test_a_student_trained_and_evaluated_from_s3_is_the_same(
     pushed: Lab, tmp_path: Path, cli: Cli
 ) -> None:

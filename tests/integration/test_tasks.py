@@ -249,6 +249,7 @@ def test_a_dead_task_of_another_host_is_waited_for(lab: Lab, cli: Cli) -> None:
     assert not (cache / leases.FOLDER).exists()
 
 
+@pytest.mark.long
 def test_thirty_two_tasks_race_on_eight_parts(lab: Lab, memory: Path) -> None:  # noqa: F811
     config = one_teacher(lab, 8, cluster={"lease": 6})
     parts = json.loads(warm("race", config, memory, 32))["parts"]

@@ -41,10 +41,11 @@ class CacheWorkspace:
 
     def ensure_assets(self) -> None:
         """Builds the demonstration's models and text if the configuration asks for them."""
-        if self.config.assets == "demo":
+        if self.config.assets:
             from pipeline.demo import build
+            from pipeline.demo_text import SIZES
 
-            build(self.config.run / "assets", self.progress.say)
+            build(self.config.run / "assets", self.progress.say, size=SIZES[self.config.assets])
 
     def prepared(self) -> CorpusInfo | None:
         """Returns the corpus if it is complete and the one configured.

@@ -43,8 +43,8 @@ class RunConfig(Options):
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of torch; its own choice if not given."
     )
-    assets: Literal["demo"] | None = Field(
-        None, description="demo: first build the demonstration's models and text."
+    assets: Literal["demo", "demo-large"] | None = Field(
+        None, description="First build the demonstration's models and its text, or more of it."
     )
     corpus: CorpusOptions
     teachers: Annotated[dict[str, TeacherOptions], Field(min_length=1)]
@@ -190,9 +190,44 @@ def validated(raw: Mapping[str, Any], path: Path) -> RunConfig:
         ConfigError: every problem is listed.
     """
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, path) from None
+    return _settled(config)
+
+
+def settled(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Returns overrides that say, for other machines, what `auto` precisions came to on this one.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    raw = merged(path, overrides)
+    config = validated(raw, path)
+    found = [
+        f"teachers.{name}.dtype={config.teachers[name].dtype}"
+        for name, said in raw["teachers"].items()
+        if said.get("dtype") == "auto"
+    ]
+    if raw.get("train", {}).get("precision") == "auto":
+        found.append(f"train.precision={config.train.precision}")
+    return found
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """Returns the configuration with precisions that leave the choice to the machine chosen."""
+    teachers = [name for name, options in config.teachers.items() if options.dtype == "auto"]
+    if not teachers and config.train.precision != "auto":
+        return config
+    from stages.device import choose_device, multiplies_bfloat16  # torch takes a second to import
+
+    wide = not multiplies_bfloat16(choose_device(config.device))
+    chosen = {"dtype": "float32" if wide else "bfloat16"}
+    changed = {name: config.teachers[name].model_copy(update=chosen) for name in teachers}
+    train = config.train
+    if train.precision == "auto":
+        train = train.model_copy(update={"precision": "fp32" if wide else "bf16"})
+    return config.model_copy(update={"teachers": {**config.teachers, **changed}, "train": train})
 
 
 def merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

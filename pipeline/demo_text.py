@@ -12,6 +12,7 @@ import sqlite3
 import sysconfig
 import zipfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -29,10 +30,37 @@ class Document(NamedTuple):
     text: str
 
 
-# About 2,700, 8,000 and 28,000 tokens; the domains differ in bytes a token.
-HELDOUT_BYTES: Final = {"reference": 11_000, "code": 10_500, "bible": 11_000}
-TRAIN_BYTES: Final = {"reference": 33_000, "code": 31_000, "bible": 33_000}
-SPECIALIST_BYTES: Final = {"code": 109_000, "bible": 114_000}
+@dataclass(frozen=True)
+class Size:
+    """How much text there is of each domain, in bytes of UTF-8.
+
+    Attributes:
+        heldout, train, specialist: budget by domain; a specialist reads train and more.
+        whole_topics: keep only topics of the reference that are short enough; else cut the long ones.
+    """
+
+    heldout: dict[str, int]
+    train: dict[str, int]
+    specialist: dict[str, int]
+    whole_topics: bool
+
+
+SIZES: Final = {
+    # A domain has about 2,700, 8,000 and 28,000 tokens; the domains differ in bytes a token.
+    "demo": Size(
+        {"reference": 11_000, "code": 10_500, "bible": 11_000},
+        {"reference": 33_000, "code": 31_000, "bible": 33_000},
+        {"code": 109_000, "bible": 114_000},
+        True,
+    ),
+    # About 10,000, 70,000 to 130,000, and 300,000 tokens: nearly all that CPython has of two domains.
+    "demo-large": Size(
+        {"reference": 40_000, "code": 40_000, "bible": 40_000},
+        {"reference": 280_000, "code": 420_000, "bible": 420_000},
+        {"code": 1_200_000, "bible": 1_200_000},
+        False,
+    ),
+}
 SHORTEST, LONGEST = 400, 5_000  # bytes of a document; others are left out
 PIECE = 2_000  # a piece of source ends at the first boundary after this many characters
 TELLTALE = 200  # two documents that share a paragraph this long count as copies
@@ -47,11 +75,26 @@ MODULES: Final = """
     types typing uuid warnings weakref webbrowser zipapp"""
 
 
-def reference_documents() -> Iterator[Document]:
+def reference_documents(whole: bool) -> Iterator[Document]:
+    """Yields the topics of the language reference, whole or cut before paragraphs."""
     from pydoc_data.topics import topics
 
     for topic, text in topics.items():
-        yield Document(f"reference/{topic}", text.strip())
+        if whole:
+            yield Document(f"reference/{topic}", text.strip())
+        else:
+            for number, piece in enumerate(paragraphs_together(text.strip())):
+                yield Document(f"reference/{topic}/{number}", piece)
+
+
+def paragraphs_together(text: str) -> list[str]:
+    """Cuts text before paragraphs into pieces of about LONGEST characters at most."""
+    pieces = [""]
+    for paragraph in re.split(r"\n\s*\n", text):
+        if pieces[-1] and len(pieces[-1] + paragraph) > 0.9 * LONGEST:
+            pieces.append("")
+        pieces[-1] += f"\n\n{paragraph}" if pieces[-1] else paragraph
+    return pieces
 
 
 def code_documents() -> Iterator[Document]:
@@ -94,13 +137,13 @@ def bible_documents(wheel: Path, member: str) -> Iterator[Document]:
             yield Document(f"bible/{chapter}", chapter + text)
 
 
-def splits(domain: str, documents: Iterable[Document]) -> dict[str, list[Document]]:
+def splits(domain: str, documents: Iterable[Document], size: Size) -> dict[str, list[Document]]:
     """Held-out text first, then train; a specialist reads train and what follows."""
-    heldout, rest = take(domain, distinct(documents), HELDOUT_BYTES[domain])
-    train, rest = take(domain, rest, TRAIN_BYTES[domain])
-    if domain not in SPECIALIST_BYTES:
+    heldout, rest = take(domain, distinct(documents), size.heldout[domain])
+    train, rest = take(domain, rest, size.train[domain])
+    if domain not in size.specialist:
         return {"heldout": heldout, "train": train}
-    more, _ = take(domain, rest, SPECIALIST_BYTES[domain] - TRAIN_BYTES[domain])
+    more, _ = take(domain, rest, size.specialist[domain] - size.train[domain])
     return {"heldout": heldout, "train": train, "specialist": train + more}
 
 

@@ -158,7 +158,7 @@ def evaluate(work: Workspace, models: Mapping[str, Path]) -> list[Action]:
 def _assets(work: Workspace) -> list[Action]:
     """Returns what must be built or fetched before anything else."""
     config = work.config
-    if config.assets == "demo":
+    if config.assets:
         from pipeline.demo import missing
 
         folder = config.run / "assets"

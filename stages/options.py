@@ -91,8 +91,10 @@ class TeacherOptions(Options):
 
     model: str = Field(description="Folder or hub name.")
     revision: str | None = Field(None, description="Hub revision.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Of weights and forward; the head's results are float32 anyway."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="Of weights and forward; the head's results are float32 anyway. auto: bfloat16 "
+        "where the machine that reads this multiplies it in hardware; such a cache ties to that.",
     )
     device_map: str | None = Field(
         None, description='"auto" spreads a teacher over several GPUs (accelerate).'

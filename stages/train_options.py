@@ -85,8 +85,10 @@ class TrainOptions(Options):
     )
     betas: tuple[Below1, Below1] = Field((0.9, 0.95), description="AdamW's.")
     clip: Positive = Field(1.0, description="Largest gradient norm.")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: autocast, float32 weights."
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16",
+        description="bf16: autocast, float32 weights. auto: bf16 where the machine that reads this "
+        "multiplies it in hardware.",
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, a forward more.")
     compile: bool = Field(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import settled
 from pipeline.console import duration
 from pipeline.launch.options import Resources
 from pipeline.planning.fits import context_problems, shorter_parts
@@ -61,7 +62,8 @@ class Call:
 
     @classmethod
     def here(cls, config: Path, overrides: Sequence[str]) -> Call:
-        return cls(config.resolve(), tuple(overrides), Path.cwd())
+        """Returns the call; what this machine chose (auto) is said, so that all nodes do the same."""
+        return cls(config.resolve(), (*overrides, *settled(config, overrides)), Path.cwd())
 
     def arguments(self, command: Sequence[str]) -> list[str]:
         """Returns the words after `scholiast`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache_workspace import CacheWorkspace
+from pipeline.demo_text import SIZES
 from pipeline.launch.options import ClusterOptions
 from pipeline.planning.pace import Device, Pace
 from pipeline.planning.shapes import teacher_shape
@@ -43,8 +44,9 @@ def estimate_tokens(work: CacheWorkspace) -> int:
                 where=f"corpus.sources.{i}", found=source.path,
                 todo="run `scholiast prepare` first, then plan",
             )  # fmt: skip
-        if work.config.assets == "demo" and not Path(source.path).exists():
-            size += 11_000 if source.split == "heldout" else 33_000  # what the demo builds
+        built = SIZES[work.config.assets] if work.config.assets else None
+        if built and source.domain in built.train and not Path(source.path).exists():
+            size += (built.heldout if source.split == "heldout" else built.train)[source.domain]
         else:
             size += sum(p.stat().st_size for p in source_files(source, f"corpus.sources.{i}"))
     return int(size / _BYTES_PER_TEXT_TOKEN)

@@ -11,7 +11,6 @@ from pipeline.reproduce import instructions
 from pipeline.reproduce.rows import (
     COMMON,
     EVALUATION,
-    MULTITASK_STEPS,
     PINNED,
     Row,
     all_rows,
@@ -47,6 +46,7 @@ class Harness:
         self.config, self.overrides = config, tuple(overrides)
         self.folder, self.steps, self.progress = folder, steps, progress
         self.base = Workspace(load_config(config, overrides), progress)
+        self.chats = instructions.SIZES[self.base.config.assets or "demo"]
         self.raw = merged(config, overrides)
         self.rows = all_rows(self.raw)
         self._prepared: set[tuple[str, bool, bool]] = set()
@@ -83,7 +83,7 @@ class Harness:
 
     def steps_of(self, row: Row) -> int:
         """Returns the optimizer steps of a row; the mix is longer."""
-        return round(self.steps * MULTITASK_STEPS) if row.mixed else self.steps
+        return round(self.steps * self.chats.longer) if row.mixed else self.steps
 
     def workspace(self, row: Row, seed: int) -> Workspace:
         """Returns the run of a row and seed."""
@@ -136,8 +136,10 @@ class Harness:
             if row.weak:
                 self._build_weak()
             if row.mixed:
-                instructions.build(self.folder / "mix" / "text")
+                instructions.build(self.folder / "mix" / "text", self.chats)
             self.yardstick(row.mixed).cache_teachers()
+        # A lock for each place, so that processes make different encodings side by side.
+        with durable.alone(self.folder / f".preparing-{row.cache or 'shared'}.lock"):
             work.cache_teachers()
         self._prepared.add(needs)
 

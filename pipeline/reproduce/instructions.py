@@ -15,7 +15,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from storage import durable
 
@@ -24,18 +24,30 @@ PACKAGES: Final = (
     "asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib",
     "xml",
 )  # fmt: skip
-TRAIN, HELDOUT = 100, 40
 LONGEST_SOURCE, SHORTEST, LONGEST = 600, 30, 300  # characters of a function, of a docstring
 REQUEST = "What does this Python function do? Answer with its docstring.\n\n"
 
 Chat = list[dict[str, str]]
 
 
-def build(folder: Path) -> None:
+class Size(NamedTuple):
+    """How many chats there are, and the steps that the mix takes for one of the text alone."""
+
+    heldout: int
+    train: int
+    longer: float
+
+
+SIZES: Final = {"demo": Size(40, 100, 5 / 3), "demo-large": Size(100, 900, 4 / 3)}
+"""By the text they are mixed with (assets); other text gets the smaller."""
+
+
+def build(folder: Path, size: Size) -> None:
     """Writes train.jsonl and heldout.jsonl, one {"messages": chat} a line, unless they are there."""
     chats = list(_distinct())
     for name, chosen in (
-        ("heldout", chats[:HELDOUT]), ("train", chats[HELDOUT : HELDOUT + TRAIN]),
+        ("heldout", chats[: size.heldout]),
+        ("train", chats[size.heldout : size.heldout + size.train]),
     ):  # fmt: skip
         lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chosen]
         if not (folder / f"{name}.jsonl").exists():

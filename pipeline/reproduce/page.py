@@ -62,8 +62,8 @@ INTRODUCTIONS: Final = {
     "with `balanced`'s finer logprobs, heads with draws with `compact`'s: a few of the bytes between "
     "them are that.",
     MULTITASK: "The corpus's text mixed with a task in chat form (say what a function of Python's "
-    "library does: domain `docstrings`), whose answers alone are targets. There are 5/3 of the other "
-    "tables' steps, as there is more text.",
+    "library does: domain `docstrings`), whose answers alone are targets. It takes {mixed_steps} steps, "
+    "as there is more text.",
 }  # fmt: skip
 
 
@@ -84,7 +84,11 @@ def write_page(
         parts.append(_claims(results))
     for table in HEADINGS:
         if table in results.rows:
-            parts += [f"## {HEADINGS[table]}", INTRODUCTIONS[table], _table(results, about, table)]
+            parts += [
+                f"## {HEADINGS[table]}",
+                INTRODUCTIONS[table].format(**about),
+                _table(results, about, table),
+            ]
             if table in pictures:
                 parts.append(f"![{HEADINGS[table]}]({pictures[table]})")
             parts.append(_differences(results, table))

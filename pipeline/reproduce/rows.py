@@ -35,9 +35,6 @@ EVALUATION: Final = (
     "evaluate.seed=0",
 )  # fmt: skip
 
-MULTITASK_STEPS: Final = 5 / 3
-"""The mix with the instruction task has this many times the training blocks."""
-
 APPROACHES, SENSITIVITY = "approaches", "sensitivity"
 ENCODINGS, MULTITASK = "encodings", "multi-task"
 NUMBERS: Final = {"1": APPROACHES, "2": SENSITIVITY, "3": ENCODINGS, "4": MULTITASK}

@@ -217,6 +217,7 @@ def describe(harness: Harness, seeds: int) -> dict[str, Any]:
     machines = [read_figures(task)["machine"] for task in tasks]
     return {
         "config": str(harness.config), "steps": harness.steps, "seeds": seeds, "runs": len(tasks),
+        "mixed_steps": round(harness.steps * harness.chats.longer),
         "commands": [
             f'scholiast reproduce {harness.config} --tables "{" ".join(tables)}" --seeds {seeds} '
             f"--steps {harness.steps}{more}",

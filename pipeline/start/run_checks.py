@@ -32,9 +32,7 @@ def check_run(config: RunConfig, *, load: bool = False) -> list[Check]:
         load: also load each model, one after the other, and look at its head and attention.
     """
     checks = list(_extras(config))
-    if config.assets == "demo" and not all(
-        Path(t.model).is_dir() for t in config.teachers.values()
-    ):
+    if config.assets and not all(Path(t.model).is_dir() for t in config.teachers.values()):
         found = "the demonstration's models and text are not built yet"
         checks.append(Check("models", "assets", WARN, found, "the first command builds them"))
         return [*checks, *_folders(config, 0.0)]

@@ -159,7 +159,7 @@ def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None
     functions = [(f"def f{i}(): return {i}", f"Return {i}.") for i in (1, 2, 3, 4, 5, 6, 6)]
     monkeypatch.setattr(instructions, "_functions", lambda: iter(functions))
     monkeypatch.setattr(instructions, "REQUEST", "Say what this does: ")
-    monkeypatch.setattr(instructions, "HELDOUT", 4)
+    monkeypatch.setitem(instructions.SIZES, "demo", instructions.Size(4, 100, 5 / 3))
     lab.config["corpus"]["block_length"] = 250
     harness = harness_of(lab)
     (row,) = named(harness, ENTROPY, table="multi-task")

@@ -10,7 +10,8 @@ import yaml
 from conftest import Lab
 from pydantic import ValidationError
 
-from pipeline.config import load_config
+from pipeline.config import load_config, settled
+from stages import device
 from storage.errors import ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "pipeline/configs/demo.yaml"
@@ -21,6 +22,33 @@ def test_demo_is_valid_and_frozen() -> None:
     assert list(config.teachers) == ["generalist", "code", "bible"]
     with pytest.raises(ValidationError):
         config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "precision"), [(True, "bfloat16", "bf16"), (False, "float32", "fp32")]
+)
+def test_auto_precision_is_what_the_machine_multiplies(
+    monkeypatch: pytest.MonkeyPatch, hardware: bool, dtype: str, precision: str
+) -> None:
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: hardware)
+    said = ["teachers.code.dtype=float32", "device=cpu"]
+    config = load_config(DEMO, said)
+    assert config.train.precision == precision
+    found = {name: teacher.dtype for name, teacher in config.teachers.items()}
+    assert found == {"generalist": dtype, "code": "float32", "bible": dtype}
+    told = settled(DEMO, said)  # to other machines, as overrides
+    assert told == [
+        f"teachers.generalist.dtype={dtype}", f"teachers.bible.dtype={dtype}",
+        f"train.precision={precision}",
+    ]  # fmt: skip
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: not hardware)
+    assert load_config(DEMO, [*said, *told]) == config
+
+
+def test_explicit_precision_does_not_look_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: pytest.fail("looked"))
+    evidence = DEMO.with_name("evidence.yaml")
+    assert load_config(evidence).train.precision == "bf16" and settled(evidence) == []
 
 
 @pytest.mark.parametrize(

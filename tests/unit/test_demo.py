@@ -100,20 +100,22 @@ def test_no_document_is_in_two_places(root: Path) -> None:
 def test_specialists_read_train_and_more(root: Path) -> None:
     demo._write_text(root, root / "text", _quiet)
     texts = _texts(root / "text")
-    for domain in demo_text.SPECIALIST_BYTES:
+    for domain in demo_text.SIZES["demo"].specialist:
         train, specialist = texts["train", domain], texts["specialist", domain]
         assert specialist[: len(train)] == train
         assert len(specialist) > len(train)
     assert ("specialist", "reference") not in texts
 
 
-def test_files_have_the_intended_size(root: Path) -> None:
-    demo._write_text(root, root / "text", _quiet)
-    budgets = {
-        "heldout": demo_text.HELDOUT_BYTES,
-        "train": demo_text.TRAIN_BYTES,
-        "specialist": demo_text.SPECIALIST_BYTES,
-    }
+@pytest.mark.parametrize("name", list(demo_text.SIZES))
+def test_files_have_the_intended_size(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = demo_text.SIZES[name]
+    pin = _bible_wheel(root / "downloads" / demo.BIBLE_WHEEL.file, 500)
+    monkeypatch.setattr(demo, "BIBLE_WHEEL", pin)
+    demo._write_text(root, root / "text", _quiet, size)
+    budgets = {"heldout": size.heldout, "train": size.train, "specialist": size.specialist}
     for (split, domain), found in _texts(root / "text").items():
         sizes = [len(text.encode()) for text in found]
         assert 0 <= budgets[split][domain] - sum(sizes) < 2 * demo_text.LONGEST
@@ -315,7 +317,7 @@ def test_a_killed_build_leaves_nothing_that_matters(tmp_path: Path) -> None:
 def test_build_makes_only_what_is_missing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def write(_: Path, staged: Path, __: demo.Say) -> None:
+    def write(_: Path, staged: Path, __: demo.Say, **___: object) -> None:
         made.append(staged.name)
         staged.mkdir()
 

@@ -141,7 +141,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
                 if gradient is not None:
                     piece.copy_(head.rule.backward_(gradient, piece))
-                del piece, gradient  # on a GPU as large as the chunk: gone before the next one comes
+                # On a GPU as large as the chunk: gone before the next one comes.
+                del piece, gradient
             if grads is not None:
                 grads.add(start, stop, logits)
             del logits

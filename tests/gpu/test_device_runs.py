@@ -43,6 +43,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     }  # fmt: skip
     for teacher in lab.config["teachers"].values():
         teacher["dtype"] = "float32"
+    lab.config["corpus"]["blocks_per_part"] = 12  # few files to write
     lab.config["train"] |= {"steps": STEPS, "precision": "fp32"}
     lab.workspace(device="cpu").cache_teachers()
     return lab

@@ -23,7 +23,7 @@ REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEED
 FUZZ_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cache-teachers train-student reproduce test test-long test-s3 test-cluster fuzz bench-cache bench-step lint clean
+.PHONY: help setup cache-teachers train-student reproduce test test-long test-gpu test-s3 test-cluster fuzz bench-cache bench-step lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ test: lint  ## lint, then the tests
 
 test-long: $(BIN)/.installed-test  ## the long tests: kills, races, damages by the hundred, lm-eval, compiled passes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+test-gpu: $(BIN)/.installed-test  ## the same numbers on a GPU; skipped without one
+	$(BIN)/python -m pytest -n 0 tests/gpu
 
 test-s3: $(BIN)/.installed-test  ## only the tests against a real S3 server, started on loopback
 	$(BIN)/python -m pytest -n 0 tests/integration/test_remote.py

@@ -54,6 +54,7 @@ def annotate_rows(
         rows = slice(start, start + chunk)
         logits = head(hidden_RD[rows])[:, : layout.vocab_size]
         pieces.append(annotate_logits(logits, gold_R[rows], rule, uniform_R[rows]))
+        del logits  # before the next ones come
     return join(RowNotes, pieces)
 
 

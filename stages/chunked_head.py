@@ -128,7 +128,8 @@ class _ChunkedLoss(torch.autograd.Function):
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
-            logits = head.logits(hidden[start:stop], buffer[: stop - start])
+            kept = None if buffer is None else buffer[: stop - start]
+            logits = head.logits(hidden[start:stop], kept)
             union = None if target is None else merge(target.rows(start, stop), wide)
             starts = cache_sized(stop - start, hidden.device)
             for i in starts:
@@ -140,8 +141,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
                 if gradient is not None:
                     piece.copy_(head.rule.backward_(gradient, piece))
+                # On a GPU as large as the chunk: gone before the next one comes.
+                del piece, gradient
             if grads is not None:
                 grads.add(start, stop, logits)
+            del logits
         if grads is not None:
             ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.mark_non_differentiable(terms)
@@ -160,10 +164,11 @@ class _ChunkedLoss(torch.autograd.Function):
 _KEPT: dict[torch.dtype, Tensor] = {}
 
 
-def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns memory for one chunk of logits; on a CPU the same as last time, already mapped."""
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Returns memory for one chunk of logits, the same as last time, already mapped; None on a GPU,
+    whose allocator keeps what the last chunk let go of."""
     if device.type != "cpu":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
+        return None
     kept = _KEPT.get(dtype)
     if kept is None or kept.numel() < rows * columns:
         kept = _KEPT[dtype] = torch.empty(rows * columns, dtype=dtype)

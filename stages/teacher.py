@@ -108,6 +108,8 @@ class TransformersTeacher:
     @torch.inference_mode()
     def logits(self, hidden_CD: Tensor) -> Tensor:
         head = self._head
+        if head.weight.device.type != "cpu":  # what the allocator keeps there serves as well
+            return head.logits(hidden_CD.to(head.weight.device))
         if self._buffer is None or len(self._buffer) < len(hidden_CD):
             self._buffer = head.weight.new_empty(
                 len(hidden_CD), self.head_rows, dtype=torch.float32

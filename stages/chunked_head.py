@@ -124,6 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         terms = torch.zeros(5, len(hidden), dtype=wide, device=hidden.device)
+        head = head.rounded()
         grads = Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
         for start in range(0, len(hidden), chunk):
@@ -147,7 +148,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads.add(start, stop, logits)
             del logits
         if grads is not None:
-            ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+            ctx.save_for_backward(grads.hidden, grads.weight(weight.dtype), grads.bias)
         ctx.mark_non_differentiable(terms)
         ce, kd = terms[:2].sum(-1, dtype=torch.float64)
         return (scales[0] * ce + scales[1] * kd).to(wide), terms
@@ -206,10 +207,10 @@ class Gradients:
         if self.bias is not None:
             self.bias += gradient_CP.sum(0)
 
-    @property
-    def weight(self) -> Tensor | None:
-        """The head's, in its dtype; None where it is not wanted."""
+    def weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The head's, in the dtype of its parameter; None where it is not wanted."""
         if not self._of_weight:
             return None
-        like = self._head.weight
-        return torch.zeros_like(like) if self._weight is None else self._weight.to(like.dtype)
+        if self._weight is None:
+            return torch.zeros_like(self._head.weight, dtype=dtype)
+        return self._weight.to(dtype)

@@ -33,7 +33,7 @@ class _DenseLoss(torch.autograd.Function):
         theirs: Sequence[tuple[TransformersTeacher, Tensor]], vocab: int, scales: tuple[float, float],
         tau: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        wanted = hidden.requires_grad
+        wanted, head = hidden.requires_grad, head.rounded()
         grads = Gradients(hidden, head, torch.float32, True, True, False) if wanted else None
         terms = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
@@ -49,7 +49,7 @@ class _DenseLoss(torch.autograd.Function):
                 gradient.scatter_add_(-1, at, torch.full_like(at, -scales[0], dtype=torch.float32))
                 grads.add(rows.start, rows.stop, gradient)
         if grads is not None:
-            ctx.save_for_backward(grads.hidden, grads.weight)
+            ctx.save_for_backward(grads.hidden, grads.weight(weight.dtype))
         ctx.mark_non_differentiable(terms)
         ce, kd = terms[:2].sum(-1, dtype=torch.float64)
         return (scales[0] * ce + scales[1] * kd).float(), terms

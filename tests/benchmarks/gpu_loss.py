@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,7 +39,9 @@ class Given:
         self.gold, stride = ids(vocab, rows), vocab // KEPT
         kept = ids(stride, TEACHERS, rows, KEPT) + torch.arange(KEPT, device=device) * stride
         p = random(TEACHERS, rows, KEPT).mul_(2.0).softmax(-1) * (1.0 - TAIL)
-        tail, weights = (torch.full((TEACHERS, rows), v, device=device) for v in (TAIL, 1 / TEACHERS))
+        tail, weights = (
+            torch.full((TEACHERS, rows), v, device=device) for v in (TAIL, 1 / TEACHERS)
+        )
         self.target = FusedTarget(kept, p.log(), p, tail, weights, vocab, 1.0)
         self.rows = rows
         self.head = Head(self.weight, None, HeadRule(), True)
@@ -48,11 +53,15 @@ class Given:
         self.hidden.grad = self.weight.grad = None
 
 
-def ours(budget: int, kl: bool) -> Loss:
+def ours(budget: int, kl: bool, once: bool = False) -> Loss:
+    """With `once` the head is bfloat16 before the first chunk, and so is its gradient at the end."""
+
     def loss(given: Given) -> Tensor:
-        alpha = ALPHA if kl else 0.0
+        alpha, head = ALPHA if kl else 0.0, given.head
+        if once:
+            head = replace(head, weight=given.weight.bfloat16())
         return chunked_loss(
-            given.hidden, given.head, given.gold, given.target if kl else None,
+            given.hidden, head, given.gold, given.target if kl else None,
             (1.0 - alpha) / given.rows, alpha / given.rows, chunk_rows(len(given.weight), budget),
         ).total  # fmt: skip
 
@@ -79,14 +88,18 @@ def dense(kl: bool) -> Loss:
     return loss
 
 
-def liger_ce(given: Given) -> Tensor:
+def liger_ce(given: Given, once: bool = False) -> Tensor:
+    """With `once` hidden states and head are bfloat16 before they are given to Liger."""
     from liger_kernel.transformers.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyLoss,
     )
 
     with given.autocast():
         made = LigerFusedLinearCrossEntropyLoss(reduction="mean", accum_dtype=torch.float32)
-        loss: Tensor = made(given.weight, given.hidden, given.gold)
+        weight, hidden = given.weight, given.hidden
+        if once:
+            weight, hidden = weight.bfloat16(), hidden.bfloat16()
+        loss: Tensor = made(weight, hidden, given.gold)
     return loss
 
 
@@ -114,15 +127,17 @@ class LigerKL:
 def _require_room(given: Given, bytes_of_a_logit: int) -> None:
     if given.hidden.device.type != "cuda":
         return
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = (
+        torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    )
     needed = bytes_of_a_logit * given.rows * len(given.weight)
     if needed > 0.95 * free:
         raise LeftOut(f"about {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB free")
 
 
-def measure(recorder: Recorder, given: Given, loss: Loss) -> dict[str, Any]:
+def measure(recorder: Recorder, given: Given, make: Callable[[], Loss]) -> dict[str, Any]:
     """Returns time, peak and value of a loss and its gradients."""
-    shown: list[float] = []
+    loss, shown = make(), list[float]()
 
     def run() -> None:
         given.clear()
@@ -155,24 +170,26 @@ def methods(budgets: tuple[int, ...]) -> dict[str, Callable[[], Loss]]:
 
     made: dict[str, Callable[[], Loss]] = {}
     for budget in budgets:
-        made[name("CE + KL", budget)] = lambda b=budget: ours(b, True)  # type: ignore[misc]
-    made["CE + KL, dense"] = lambda: dense(True)
-    for budget in budgets:
-        made[name("CE", budget)] = lambda b=budget: ours(b, False)  # type: ignore[misc]
-    made["CE, dense"] = lambda: dense(False)
-    made["CE, Liger"] = lambda: liger_ce
-    made["KL to [T, V], Liger"] = LigerKL
+        made[name("CE + KL", budget)] = partial(ours, budget, True)
+    made[f"{name('CE + KL', budgets[0])}, head cast once"] = partial(ours, budgets[0], True, True)
+    made["CE + KL, dense"] = partial(dense, True)
+    for budget in (budgets[0], budgets[2]):
+        made[name("CE", budget)] = partial(ours, budget, False)
+    made["CE, dense"] = partial(dense, False)
+    if find_spec("liger_kernel") is not None:
+        made["CE, Liger"] = partial(partial, liger_ce)
+        made["CE, Liger, all cast once"] = partial(partial, liger_ce, once=True)
+        made["KL to [T, V], Liger"] = LigerKL
     return made
 
 
 def run(recorder: Recorder) -> None:
     sizes = recorder.sizes
-    for rows in sorted(sizes.rows, key=lambda t: t != sizes.rows[len(sizes.rows) // 2]):
+    if find_spec("liger_kernel") is None:
+        recorder.failed("Liger", LeftOut("liger_kernel is not installed"))
+    for rows in sizes.rows:
         for hidden in sizes.hidden:
             given = Given(rows, hidden, sizes.vocab, recorder.device)
             for name, make in methods(sizes.budgets).items():
-                recorder.row(
-                    name, lambda make=make, given=given: measure(recorder, given, make()),  # type: ignore[misc]
-                    T=rows, D=hidden,
-                )  # fmt: skip
+                recorder.row(name, partial(measure, recorder, given, make), T=rows, D=hidden)
             del given

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +115,7 @@ def layout_of(info: CorpusInfo, preset: str, layer: int | None, hidden: int) -> 
     )  # fmt: skip
 
 
-def job_of(
-    root: Path, folder: Path, name: str, info: CorpusInfo, layout: Layout
-) -> TeacherJob:  # fmt: skip
+def job_of(root: Path, folder: Path, name: str, info: CorpusInfo, layout: Layout) -> TeacherJob:
     """Returns a teacher's whole share of stage one, as `plan_jobs` would, but for the weights' hashes."""
     options = TeacherOptions(
         model=str(folder), feature_layers=layout.feature_layers, batch_blocks=BATCH
@@ -132,7 +128,9 @@ def job_of(
 # -- caches of made-up teachers
 
 
-def made_up_caches(root: Path, reader: BlockReader, names: tuple[str, ...], device: torch.device) -> None:
+def made_up_caches(
+    root: Path, reader: BlockReader, names: tuple[str, ...], device: torch.device
+) -> None:
     """Writes the balanced caches of some teachers, a thread each, from made-up logits."""
     with ThreadPoolExecutor(len(names)) as pool:
         work = [pool.submit(_made_up, root / n, reader, i, device) for i, n in enumerate(names)]
@@ -172,7 +170,7 @@ def _notes(
 
     def logits(rows: Tensor) -> Tensor:
         shape = (len(rows), layout.vocab_size)
-        z = torch.randn(shape, generator=common, device=device).mul_(4.2)
+        z = torch.randn(shape, generator=common, device=device).mul_(4.6)
         return z.add_(torch.randn(shape, generator=own, device=device), alpha=2.5).add_(prior)
 
     for part in range(reader.info.parts):
@@ -211,7 +209,11 @@ class Planner:
 
     def _work(self, layers: tuple[int, ...], teachers: int, **changed: dict[str, Any]) -> Workspace:
         # Teachers that are not there: the shape is given below, and no weights are asked for.
-        options = {"model": str(self._root / "nowhere"), "feature_layers": layers, "batch_blocks": BATCH}
+        options = {
+            "model": str(self._root / "nowhere"),
+            "feature_layers": layers,
+            "batch_blocks": BATCH,
+        }
         raw: dict[str, Any] = {
             "run_dir": str(self._root / "plan"),
             "corpus": {
@@ -250,5 +252,3 @@ class Planner:
 
 def disk_bytes(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-
-

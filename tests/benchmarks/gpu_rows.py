@@ -43,7 +43,7 @@ class Sizes:
 
     Attributes:
         vocab: V of corpus and student.
-        hidden, rows: D and T of the losses.
+        hidden, rows: D and T of the losses, in the order in which they are measured.
         budgets: chunk_bytes of ours, the default first.
         length, blocks, part: tokens of a block; blocks of the corpus, of a part.
         chunks: store.chunk_tokens, the default first.
@@ -66,7 +66,7 @@ class Sizes:
 
 MB = 2**20
 FULL = Sizes(
-    151_936, (896, 2048), (2048, 8192, 32_768), (96 * MB, 384 * MB, 1024 * MB, 2048 * MB), 2048, 64,
+    151_936, (896, 2048), (8192, 32_768, 2048), (96 * MB, 384 * MB, 1024 * MB, 2048 * MB), 2048, 48,
     8, (128, 512, 2048),
     {
         "7B": Shape("qwen2", 3584, 28, 28, 4, 18_944, 152_064, False),
@@ -133,6 +133,16 @@ class Recorder:
         self._part, now = part, time.monotonic()
         self._until = now + max(0.0, self._end - now) * share
 
+    @contextlib.contextmanager
+    def up_to(self, share: float) -> Iterator[None]:
+        """Lets what runs inside have at most this share of what the part still has."""
+        before = self._until
+        self._until = time.monotonic() + max(0.0, self.left) * share
+        try:
+            yield
+        finally:
+            self._until = before
+
     @property
     def left(self) -> float:
         """Seconds that the part still has."""
@@ -180,7 +190,9 @@ _LEFT_OUT_OF_TABLES = ("part", "row_seconds", "repeats")
 def _said(error: Exception) -> str:
     if isinstance(error, LeftOut):
         return f"left out: {error}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,20 +25,21 @@ from gpu_parts import (
     model_folder,
     random_teacher,
 )
-from gpu_rows import LeftOut, Peak, Recorder, timed
+from gpu_rows import Peak, Recorder, timed, within
 
 import stages.annotate
+import stages.cache_teachers
 import stages.teacher
 from stages.annotate import PartAnnotator
 from stages.cache_teachers import cache_teachers
 from stages.options import StoreOptions, TeacherOptions
+from stages.part_log import log_path
 from stages.progress import Silent
 from stages.teacher import TransformersTeacher
 from stages.tokenizer import load_tokenizer
 from storage.blocks import BlockReader
 from storage.layout import Layout
 from storage.orders import learn_orders
-from storage.types import TokenBlocks
 from storage.writer import CacheWriter
 
 
@@ -96,45 +99,44 @@ class OneTeacher:
     def annotator(self, preset: str, chunk: int, compiled: bool = False) -> PartAnnotator:
         return PartAnnotator(self.name, self.teacher, self.layout(preset), chunk, compiled)
 
-    def annotate(self, annotator: PartAnnotator, blocks: TokenBlocks, orders: Any) -> None:
-        annotator.annotate(blocks, orders, BATCH, lambda _: None, lambda *_: None)
+    def annotate(self, annotator: PartAnnotator) -> None:
+        annotator.annotate(self.blocks, self.orders, BATCH, lambda _: None, lambda *_: None)
 
     def rows(self) -> None:
         """Measures all of them; those that tell most first."""
         recorder, chunks = self.recorder, self.recorder.sizes.chunks
-        some = learn_orders(
-            self.annotator("balanced", chunks[0]).heads(self.blocks, BATCH), recorder.sizes.vocab
-        )
+        heads = self.annotator("balanced", chunks[0]).heads(self.blocks, BATCH)
+        self.orders = learn_orders(heads, recorder.sizes.vocab)
 
         def row(name: str, chunk: int, preset: str, run: Callable[[], object]) -> None:
             recorder.row(
                 name, lambda: self.rate(run, chunk, preset), teacher=self.name, chunk_tokens=chunk
             )
 
-        def annotated(preset: str, chunk: int, compiled: bool = False) -> Callable[[], object]:
-            made = self.annotator(preset, chunk, compiled)
-            return lambda: self.annotate(made, self.blocks, some)
+        def annotated(preset: str, chunk: int) -> Callable[[], object]:
+            made = self.annotator(preset, chunk)
+            return partial(self.annotate, made)
 
         first = chunks[0]
         row("decoder alone", first, "balanced", self.hidden_states)
-        row("and head", first, "balanced", lambda: self.with_head(first))
+        row("and head", first, "balanced", partial(self.with_head, first))
         for preset, (k, draws) in KEPT.items():
             row(f"annotated, {k} + {draws}", first, preset, annotated(preset, first))
         self.caching("balanced", first)
         for chunk in chunks[1:]:
-            row("and head", chunk, "balanced", lambda chunk=chunk: self.with_head(chunk))  # type: ignore[misc]
+            row("and head", chunk, "balanced", partial(self.with_head, chunk))
             row("annotated, 64 + 0", chunk, "balanced", annotated("balanced", chunk))
-        self.caching("balanced", chunks[-1])
-        self.caching("compact", first)
+        if self.name == list(recorder.sizes.teachers)[-1]:  # the quick one
+            self.caching("balanced", chunks[-1])
+            self.caching("compact", first)
 
     def compiled_row(self) -> None:
         """store.compile: its compilation is in row_seconds."""
         chunk = self.recorder.sizes.chunks[-1]
         made = self.annotator("balanced", chunk, True)
-        some = learn_orders(made.heads(self.blocks, BATCH), self.recorder.sizes.vocab)
         self.recorder.row(
             "annotated, 64 + 0, compiled",
-            lambda: self.rate(lambda: self.annotate(made, self.blocks, some), chunk, "balanced"),
+            lambda: self.rate(partial(self.annotate, made), chunk, "balanced"),
             teacher=self.name, chunk_tokens=chunk,
         )  # fmt: skip
 
@@ -160,19 +162,23 @@ class OneTeacher:
             )  # fmt: skip
         seconds = time.perf_counter() - begun
         size = disk_bytes(root)
+        log = [json.loads(line) for line in log_path(root).read_text().splitlines()]
+        largest = max(peak.bytes, *(part["peak_bytes"] for part in log))  # each part counts anew
         shutil.rmtree(root)
+        seconds -= behind["learn"]
         return {
-            "tokens_per_s": tokens / seconds, "peak_bytes": peak.bytes, "beyond_bytes": peak.beyond,
+            "tokens_per_s": tokens / seconds, "peak_bytes": largest,
+            "beyond_bytes": largest - peak.before,
             **self.plan.teacher(self.folder, (self.layer,), chunk, preset),
-            "encode_share": behind["encode"] / seconds, "write_share": behind["write"] / seconds,
-            "disk_bytes_a_token": size / tokens,
+            "learn_seconds": behind["learn"], "encode_share": behind["encode"] / seconds,
+            "write_share": behind["write"] / seconds, "disk_bytes_a_token": size / tokens,
         }  # fmt: skip
 
 
 @contextmanager
 def seconds_behind() -> Iterator[dict[str, float]]:
-    """Counts the seconds of encoding, and of compressing and writing parts, on any thread."""
-    seconds, lock = {"encode": 0.0, "write": 0.0}, threading.Lock()
+    """Counts the seconds of learning the orders, of encoding, and of compressing and writing parts."""
+    seconds, lock = {"learn": 0.0, "encode": 0.0, "write": 0.0}, threading.Lock()
 
     def counted(key: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -187,8 +193,11 @@ def seconds_behind() -> Iterator[dict[str, float]]:
 
     encode = counted("encode", stages.annotate.encode_rows)
     write = counted("write", CacheWriter.write_part)
+    heads = counted("learn", PartAnnotator.heads)
     with (
         patch.object(stages.annotate, "encode_rows", encode),
+        patch.object(PartAnnotator, "heads", lambda *a: heads(*a)),
+        patch.object(stages.cache_teachers, "learn_orders", counted("learn", learn_orders)),
         patch.object(CacheWriter, "write_part", lambda *a, **n: write(*a, **n)),
     ):
         yield seconds
@@ -199,18 +208,26 @@ def run(recorder: Recorder) -> None:
     shutil.rmtree(root, ignore_errors=True)
     try:
         reader = make_corpus(root / "corpus", recorder.sizes)
-        for name in recorder.sizes.teachers:
+        last = list(recorder.sizes.teachers)[-1]
+        for number, name in enumerate(recorder.sizes.teachers):
             try:
-                one = OneTeacher(recorder, root, name, reader)
-            except Exception as error:  # does not fit, say; the next is smaller
+                # A teacher may take its share of what is left, so that each has some.
+                with recorder.up_to(1.0 / (len(recorder.sizes.teachers) - number)):
+                    _rows_of(recorder, root, name, reader, compiled=name == last)
+            except Exception as error:  # does not fit, say; the next one is smaller
                 recorder.failed(f"teacher {name}", error)
-                continue
-            one.rows()
-            if name == list(recorder.sizes.teachers)[-1]:
-                if recorder.gpu and recorder.left < 20:
-                    recorder.failed("compiled", LeftOut("the part's time is nearly over"))
-                else:
-                    one.compiled_row()
-            one.close()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _rows_of(
+    recorder: Recorder, root: Path, name: str, reader: BlockReader, compiled: bool
+) -> None:
+    with within(recorder.left):
+        one = OneTeacher(recorder, root, name, reader)
+    try:
+        one.rows()
+        if compiled:
+            one.compiled_row()
+    finally:
+        one.close()

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -169,8 +170,8 @@ class Steps:
         for budget in budgets[1:3]:
             row(
                 f"three caches, chunks of {budget / 2**20:,.3g} MiB",
-                lambda budget=budget: measure(caches=True, chunk_bytes=budget),  # type: ignore[misc]
-            )  # fmt: skip
+                partial(measure, caches=True, chunk_bytes=budget),
+            )
         row("own loss, cross-entropy", lambda: measure(loss=own_loss))
         row(
             f"three {ONLINE} teachers online",

@@ -28,12 +28,12 @@ of 2,048 random tokens in documents of some 700, 4 blocks a forward. Weights are
 head's are scaled so that logits are N(0, 5.3²): entropy 3 nats, 91 % of the mass in 64 entries. Ids are
 as good as uniform, so that encodings are larger, and encoding slower, than of real text. Rows: the
 decoder alone; with the head's product; with annotation (stages/annotate.py, notes copied to the host,
-not encoded); and caching by stages/cache_teachers.py, encoding and writing behind the teacher counted.
-Learning the orders, which a large corpus does not feel, is told apart as learn_seconds. Only loading is
-replaced: the model that is there is handed over, since 15 GB written and read again would say nothing of
-us. encode_share and write_share are the share of the time in which the thread behind the teacher
-encodes, and compresses and writes parts. disk_bytes_a_token counts all that is on disk, orders and
-metadata too.
+not encoded); and caching by stages/cache_teachers.py, encoding and writing behind the teacher counted,
+from the first part's beginning to the last one's commit. What comes before it once, and a large corpus
+does not feel (learning the orders of ids), is told apart as begin_seconds. Only loading is replaced: the
+model that is there is handed over, since 15 GB written and read again would say nothing of us.
+encode_share and write_share are the share of the time in which the thread behind the teacher encodes,
+and compresses and writes parts. disk_bytes_a_token counts all that is on disk, orders and metadata too.
 
 Stage two. A student of Qwen2.5-0.5B's shape (tied, random), 4 blocks of 2,048 a step: reading, forward,
 backward, clipping, fused AdamW; no gradient checkpointing. Its three caches are written first, by the

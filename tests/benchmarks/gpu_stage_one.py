@@ -28,7 +28,6 @@ from gpu_parts import (
 from gpu_rows import Peak, Recorder, timed, within
 
 import stages.annotate
-import stages.cache_teachers
 import stages.teacher
 from stages.annotate import PartAnnotator
 from stages.cache_teachers import cache_teachers
@@ -156,29 +155,29 @@ class OneTeacher:
         tokenizer = load_tokenizer(self.folder, "the benchmark's")
         tokens = layout.blocks * layout.block_length
         peak, begun = Peak(recorder.device), time.perf_counter()
-        with at_hand(self.model), seconds_behind() as behind:
+        with at_hand(self.model), seconds_of_caching() as spent:
             cache_teachers(
                 [job], store, self.reader.root, tokenizer, recorder.device.type, Silent()
             )  # fmt: skip
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - spent["ready"]
         size = disk_bytes(root)
         log = [json.loads(line) for line in log_path(root).read_text().splitlines()]
         largest = max(peak.bytes, *(part["peak_bytes"] for part in log))  # each part counts anew
         shutil.rmtree(root)
-        seconds -= behind["learn"]
         return {
             "tokens_per_s": tokens / seconds, "peak_bytes": largest,
             "beyond_bytes": largest - peak.before,
             **self.plan.teacher(self.folder, (self.layer,), chunk, preset),
-            "learn_seconds": behind["learn"], "encode_share": behind["encode"] / seconds,
-            "write_share": behind["write"] / seconds, "disk_bytes_a_token": size / tokens,
+            "begin_seconds": spent["ready"] - begun, "encode_share": spent["encode"] / seconds,
+            "write_share": spent["write"] / seconds, "disk_bytes_a_token": size / tokens,
         }  # fmt: skip
 
 
 @contextmanager
-def seconds_behind() -> Iterator[dict[str, float]]:
-    """Counts the seconds of learning the orders, of encoding, and of compressing and writing parts."""
-    seconds, lock = {"learn": 0.0, "encode": 0.0, "write": 0.0}, threading.Lock()
+def seconds_of_caching() -> Iterator[dict[str, float]]:
+    """Tells when the first part was begun ("ready", by perf_counter), and counts the seconds of encoding,
+    and of compressing and writing parts, on any thread."""
+    seconds, lock = {"ready": 0.0, "encode": 0.0, "write": 0.0}, threading.Lock()
 
     def counted(key: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -192,12 +191,15 @@ def seconds_behind() -> Iterator[dict[str, float]]:
         return run
 
     encode = counted("encode", stages.annotate.encode_rows)
-    write = counted("write", CacheWriter.write_part)
-    heads = counted("learn", PartAnnotator.heads)
+    write, make = counted("write", CacheWriter.write_part), CacheWriter.__init__
+
+    def made(*arguments: Any) -> None:
+        make(*arguments)
+        seconds["ready"] = time.perf_counter()
+
     with (
         patch.object(stages.annotate, "encode_rows", encode),
-        patch.object(PartAnnotator, "heads", lambda *a: heads(*a)),
-        patch.object(stages.cache_teachers, "learn_orders", counted("learn", learn_orders)),
+        patch.object(CacheWriter, "__init__", lambda *a: made(*a)),
         patch.object(CacheWriter, "write_part", lambda *a, **n: write(*a, **n)),
     ):
         yield seconds

@@ -23,7 +23,8 @@ REPRODUCE = $(SCHOLIAST) reproduce $(CONFIG) --tables "$(TABLES)" --seeds $(SEED
 FUZZ_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cache-teachers train-student reproduce test test-long test-gpu test-s3 test-cluster fuzz bench-cache bench-step lint clean
+.PHONY: help setup cache-teachers train-student reproduce test test-long test-gpu test-s3 test-cluster fuzz bench-cache bench-step \
+	bench-gpu lint clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +108,9 @@ bench-cache: $(BIN)/.installed-test  ## size, rounding and speed of the cache; s
 bench-step: $(BIN)/.installed-test  ## the student's step: memory, time, and whether it learns what online distillation does
 	$(BIN)/python tests/benchmarks/step.py runs/bench
 	$(BIN)/python tests/benchmarks/faithful.py runs/bench
+
+bench-gpu: $(BIN)/.installed-test  ## both stages on one GPU: the loss, a teacher's reading, a student's steps; three minutes
+	$(BIN)/python tests/benchmarks/gpu.py runs/bench
 
 clean:  ## remove the virtual environment (runs/ is yours and stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

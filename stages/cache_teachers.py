@@ -19,6 +19,7 @@ import torch
 
 from stages.annotate import PartAnnotator
 from stages.behind import Behind
+from stages.chunk_sizes import notes_rows
 from stages.device import Usage, device_of_task
 from stages.options import StoreOptions
 from stages.part_log import append_log
@@ -134,9 +135,8 @@ class _PartWriter:
         teacher = TransformersTeacher(job.name, job.folder, job.options, self._work.device)
         try:
             require_fit(teacher, job.name, job.layout.vocab_size, job.layout.feature_layers)
-            annotator = PartAnnotator(
-                job.name, teacher, job.layout, store.chunk_tokens, store.compile
-            )
+            chunk = notes_rows(teacher.head_rows, teacher.device.type, store.chunk_tokens)
+            annotator = PartAnnotator(job.name, teacher, job.layout, chunk, store.compile)
             writer = CacheWriter(
                 job.local_root, job.identity, job.layout, lambda: self._learn(annotator)
             )

@@ -92,7 +92,11 @@ class _Softmax:
     @classmethod
     def of(cls, logits: Tensor, temperature: float) -> _Softmax:
         e = torch.softmax(logits if temperature == 1.0 else logits / temperature, -1)
-        largest, peak = logits.amax(-1, keepdim=True), e.amax(-1, keepdim=True)
+        if logits.device.type == "cpu":
+            largest, peak = logits.amax(-1, keepdim=True), e.amax(-1, keepdim=True)
+        else:  # a pass less; a CPU's maximum with its place is slow
+            largest, at = logits.max(-1, keepdim=True)
+            peak = e.gather(-1, at)
         return cls(logits, e, largest, peak, temperature)
 
     def log_q(self, ids: Tensor, z: Tensor) -> Tensor:

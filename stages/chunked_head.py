@@ -68,16 +68,6 @@ class ChunkedLoss:
         return self.agreed_R.sum(dtype=torch.float64)
 
 
-def chunk_rows(logits: int, budget_bytes: int, tokens: int | None = None) -> int:
-    """Returns C: `tokens` if given, else the rows of float32 logits that fit, at least 1.
-
-    Args:
-        logits: P.
-        budget_bytes: of one chunk.
-    """
-    return max(1, budget_bytes // (4 * logits)) if tokens is None else tokens
-
-
 def chunked_loss(
     hidden_RD: Tensor,
     head: Head,
@@ -127,11 +117,15 @@ class _ChunkedLoss(torch.autograd.Function):
         head = head.rounded()
         grads = Gradients(hidden, head, wide, *ctx.needs_input_grad[:3]) if wanted else None
         buffer = _scratch(min(chunk, len(hidden)), len(head.weight), wide, hidden.device)
+        # A GPU merges in a few large kernels, at some memory of the target's own order.
+        merged = merge(target, wide) if target is not None and buffer is None else None
         for start in range(0, len(hidden), chunk):
             stop = min(start + chunk, len(hidden))
             kept = None if buffer is None else buffer[: stop - start]
             logits = head.logits(hidden[start:stop], kept)
-            union = None if target is None else merge(target.rows(start, stop), wide)
+            union = None if merged is None else merged.rows(start, stop)
+            if union is None and target is not None:
+                union = merge(target.rows(start, stop), wide)
             starts = cache_sized(stop - start, hidden.device)
             for i in starts:
                 rows = slice(start + i, min(start + i + starts.step, stop))
@@ -141,7 +135,11 @@ class _ChunkedLoss(torch.autograd.Function):
                     piece, gold[rows], part, divergence, *scales, wanted
                 )
                 if gradient is not None:
-                    piece.copy_(head.rule.backward_(gradient, piece))
+                    gradient = head.rule.backward_(gradient, piece)
+                    if starts.step < stop - start:
+                        piece.copy_(gradient)
+                    else:  # of the whole chunk: it takes the logits' place
+                        logits = gradient
                 # On a GPU as large as the chunk: gone before the next one comes.
                 del piece, gradient
             if grads is not None:
@@ -197,6 +195,10 @@ class Gradients:
 
     def add(self, start: int, stop: int, gradient_CP: Tensor) -> None:
         bf16 = self._head.bfloat16
+        if self.bias is not None:
+            self.bias += gradient_CP.sum(0)
+        if bf16 and gradient_CP.device.type == "cuda":  # once for both products
+            gradient_CP = gradient_CP.bfloat16()
         if self.hidden is not None:
             self.hidden[start:stop] = product(gradient_CP, self._head.weight, bf16)
         rows = self._rows[start:stop]
@@ -204,8 +206,6 @@ class Gradients:
             add_product(self._weight, gradient_CP.t(), rows, bf16)
         elif self._of_weight:
             self._weight = product(gradient_CP.t(), rows, bf16)
-        if self.bias is not None:
-            self.bias += gradient_CP.sum(0)
 
     def weight(self, dtype: torch.dtype) -> Tensor | None:
         """The head's, in the dtype of its parameter; None where it is not wanted."""

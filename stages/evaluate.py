@@ -21,7 +21,7 @@ from torch import Tensor
 from stages.batches import Batch, BatchReader
 from stages.bootstrap import interval, resampled
 from stages.calibration import COLUMNS, bin_sums, calibration_error
-from stages.chunked_head import chunk_rows
+from stages.chunk_sizes import loss_rows
 from stages.fusion import rows_of
 from stages.head import Head, run_decoder
 from stages.mixing import fused_gold_logprob
@@ -281,7 +281,7 @@ def _forward(model: Any, head: Head, batch: Batch) -> None:
     autocast = head.bfloat16 and model.dtype == torch.float32
     with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=autocast):
         hidden = run_decoder(model, batch.inputs, batch.positions, ())[0][batch.present]
-    step = chunk_rows(len(head.weight), 96 * 2**20)
+    step = loss_rows(len(head.weight), hidden.device.type, None)
     for start in range(0, len(hidden), step):
         last = head.logits(hidden[start : start + step])
     float(last[0, 0])  # waits for the device

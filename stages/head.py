@@ -49,13 +49,13 @@ def product(a: Tensor, b: Tensor, bfloat16: bool, out: Tensor | None = None) -> 
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, bfloat16: bool) -> None:
-    """Adds a @ b to `total` in place, as `product` computes it; on a CPU without memory of its own.
+    """Adds a @ b to `total` in place, as `product` computes it, without memory of its own.
 
     Args:
         total: float32, or float64 where a or b is.
     """
     if bfloat16 and a.device.type == "cuda":
-        total.add_(product(a, b, True))
+        torch.addmm(total, a.bfloat16(), b.bfloat16(), out_dtype=torch.float32, out=total)
         return
     with _bfloat16_factors() if bfloat16 else contextlib.nullcontext():
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stages.annotate import pool
 from stages.batches import Batch
-from stages.chunked_head import chunk_rows, chunked_loss
+from stages.chunk_sizes import loss_rows
+from stages.chunked_head import chunked_loss
 from stages.divergences import Divergence
 from stages.features import FeatureAligner
 from stages.head import Head, run_decoder
@@ -128,7 +129,9 @@ def losses_of_hidden(
     loss = chunked_loss(
         hidden_BTD[batch.scored], head, batch.gold, batch.target,
         (1.0 - alpha) / max(rows, 1), alpha * options.temperature**2 / max(rows, 1),
-        chunk_rows(len(head.weight), options.chunk_bytes, options.chunk_tokens),
+        loss_rows(
+            len(head.weight), hidden_BTD.device.type, options.chunk_bytes, options.chunk_tokens
+        ),
         Divergence.of(options),
     )  # fmt: skip
     features = hidden_BTD.new_zeros(())

@@ -175,8 +175,10 @@ class LossOptions(Options):
     chunk_tokens: Count | None = Field(
         None, description="Tokens of one chunk of logits, in place of chunk_bytes."
     )
-    chunk_bytes: Count = Field(
-        96 * 2**20, description="Memory of one chunk of logits; memory, not meaning."
+    chunk_bytes: Count | None = Field(
+        None,
+        description="Memory of one chunk of logits; memory and time, not meaning. By default 96 MiB on a "
+        "CPU, 1 GiB on a GPU.",
     )
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from pipeline.planning.parts import layout_of
 from pipeline.workspace import Workspace
 from stages.annotate import PartAnnotator
 from stages.behind import Behind
+from stages.chunk_sizes import notes_rows
 from stages.corpus import first_blocks
 from stages.device import Usage, choose_device, resident_bytes
 from stages.model_files import at_hand, locate
@@ -111,7 +112,8 @@ def measure_teacher(work: Workspace, name: str, blocks: TokenBlocks) -> Measured
             layout_of(work, name, 1, 1), vocab_size=vocab, k=min(config.store.entries, vocab)
         )
         batch, store = options.batch_blocks, config.store
-        annotator = PartAnnotator(name, teacher, layout, store.chunk_tokens, store.compile)
+        chunk = notes_rows(teacher.head_rows, teacher.device.type, store.chunk_tokens)
+        annotator = PartAnnotator(name, teacher, layout, chunk, store.compile)
         learned = cyclic(blocks, 0, batch)
         begun = time.perf_counter()
         orders = learn_orders(annotator.heads(learned, batch), vocab)
@@ -119,7 +121,7 @@ def measure_teacher(work: Workspace, name: str, blocks: TokenBlocks) -> Measured
         count = batch * max(1, min(several, _MOST_BATCHES))
         read = cyclic(blocks, batch, count)
         layout = replace(layout, blocks=count, blocks_per_part=count)
-        annotator = PartAnnotator(name, teacher, layout, store.chunk_tokens, store.compile)
+        annotator = PartAnnotator(name, teacher, layout, chunk, store.compile)
         usage = Usage(device)
         with Behind(depth=3) as behind:
             arrays = annotator.annotate(read, orders, batch, lambda _: None, behind.submit)

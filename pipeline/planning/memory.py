@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pipeline.planning.parts import layout_of
 from pipeline.planning.shapes import Shape
 from pipeline.workspace import Workspace
+from stages.chunk_sizes import loss_rows, notes_rows
 from stages.layer_pairs import wanted_layers
 
 _PARTS_IN_MEMORY = 3  # one in work, two encoded
@@ -56,6 +57,7 @@ def teacher_peak(
         devices: over which a teacher with `device_map` is spread.
     """
     options, store = work.config.teachers[name], work.config.store
+    device = "cuda" if gpu else "cpu"
     layout = layout_of(work, name, width, width)
     e = 2 if options.dtype == "bfloat16" else 4
     length = layout.block_length
@@ -77,7 +79,7 @@ def teacher_peak(
     }
     if options.attention == "eager":
         forward["attention weights"] = options.batch_blocks * shape.heads * length**2 * (4 + e)
-    chunk = min(store.chunk_tokens, tokens)
+    chunk = min(notes_rows(shape.vocab, device, store.chunk_tokens), tokens)
     head = {
         "hidden states": hidden + tokens * shape.hidden * e,
         "logits chunk": 4 * chunk * shape.vocab * (2 if gpu and e == 2 else 1),
@@ -130,8 +132,8 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
         layer = shape.decoder // max(1, shape.layers)
         always["gathered weights"] = 4 * outer + 2 * (2 if bf16 else 4) * layer
         always["gathered gradients"] = 4 * (outer + layer)
-    chunk = loss.chunk_tokens or max(1, loss.chunk_bytes // (4 * max(1, shape.vocab)))
-    chunk = min(chunk, tokens)
+    device = "cuda" if gpu else "cpu"
+    chunk = min(loss_rows(shape.vocab, device, loss.chunk_bytes, loss.chunk_tokens), tokens)
     head_trained = shape.trainable == shape.parameters
     end_of_forward = {
         "gradients": gradients if micro > 1 else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.config import load_config, merged
@@ -131,17 +132,22 @@ class Harness:
         if needs in self._prepared:
             return
         durable.make_folder(self.folder)
-        with durable.alone(self.folder / ".preparing.lock"):
+        with self._alone("shared"):
             self.base.ensure_assets()
+            self.yardstick(False).cache_teachers()
+        if row.mixed:
+            with self._alone("mixed"):
+                instructions.build(self.folder / "mix" / "text", self.chats)
+                self.yardstick(True).cache_teachers()
+        with self._alone(row.cache or ("weak" if row.weak else "shared")):
             if row.weak:
                 self._build_weak()
-            if row.mixed:
-                instructions.build(self.folder / "mix" / "text", self.chats)
-            self.yardstick(row.mixed).cache_teachers()
-        # A lock for each place, so that processes make different encodings side by side.
-        with durable.alone(self.folder / f".preparing-{row.cache or 'shared'}.lock"):
             work.cache_teachers()
         self._prepared.add(needs)
+
+    def _alone(self, what: str) -> AbstractContextManager[None]:
+        """One process at a time makes a thing; different things are made side by side."""
+        return durable.alone(self.folder / f".preparing-{what}.lock")
 
     def _build_weak(self) -> None:
         """Makes the weak teacher: the first teacher without a sixth of its layers, from the middle,

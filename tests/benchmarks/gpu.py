@@ -20,8 +20,6 @@ not fit; "Liger" its fused kernels with gradients of the head in float32, if lig
 (its KL wants the target as [T, V] of probabilities: the fused heads without buckets, another loss, and
 that target counts as given). Milliseconds are medians by CUDA events after a warm-up; bytes are the peak
 allocated beyond hidden states, head and target. nats is the loss a row: ours and dense must agree.
-"cast once" rows are for time alone: the head is made bfloat16 before the loss, not in every chunk, at the
-price of a bfloat16 gradient.
 
 Stage one. A teacher of Qwen2-7B's shape and one of Qwen3-1.7B's (both with a head of their own), blocks
 of 2,048 random tokens in documents of some 700, 4 blocks a forward. Weights are random, N(0, 0.02²); the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from gpu_rows import LeftOut, Peak, Recorder, timed
 from torch import Tensor
 
-from stages.chunked_head import chunk_rows, chunked_loss
+from stages.chunk_sizes import LOSS_BYTES, loss_rows
+from stages.chunked_head import chunked_loss
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule
-from stages.target_options import LossOptions
 
 TEACHERS, KEPT, TAIL, ALPHA = 3, 64, 0.1, 0.9
 DENSE_BYTES = 22  # a logit: bfloat16 and float32, log-probabilities, their gradients
@@ -53,16 +52,13 @@ class Given:
         self.hidden.grad = self.weight.grad = None
 
 
-def ours(budget: int, kl: bool, once: bool = False) -> Loss:
-    """With `once` the head is bfloat16 before the first chunk, and so is its gradient at the end."""
-
+def ours(budget: int, kl: bool) -> Loss:
     def loss(given: Given) -> Tensor:
-        alpha, head = ALPHA if kl else 0.0, given.head
-        if once:
-            head = replace(head, weight=given.weight.bfloat16())
+        alpha = ALPHA if kl else 0.0
+        chunk = loss_rows(len(given.weight), given.weight.device.type, budget)
         return chunked_loss(
-            given.hidden, head, given.gold, given.target if kl else None,
-            (1.0 - alpha) / given.rows, alpha / given.rows, chunk_rows(len(given.weight), budget),
+            given.hidden, given.head, given.gold, given.target if kl else None,
+            (1.0 - alpha) / given.rows, alpha / given.rows, chunk,
         ).total  # fmt: skip
 
     return loss
@@ -160,20 +156,18 @@ def measure(recorder: Recorder, given: Given, make: Callable[[], Loss]) -> dict[
     }  # fmt: skip
 
 
-def methods(budgets: tuple[int, ...]) -> dict[str, Callable[[], Loss]]:
+def methods(budgets: tuple[int, ...], device: str) -> dict[str, Callable[[], Loss]]:
     """Returns what makes each loss, by name; those that tell most first, for time may be short."""
-    default = LossOptions().chunk_bytes
 
     def name(what: str, budget: int) -> str:
-        marked = " (default)" if budget == default else ""
+        marked = " (default)" if budget == LOSS_BYTES[device] else ""
         return f"{what}, ours, {budget / 2**20:,.3g} MiB{marked}"
 
     made: dict[str, Callable[[], Loss]] = {}
     for budget in budgets:
         made[name("CE + KL", budget)] = partial(ours, budget, True)
-    made[f"{name('CE + KL', budgets[0])}, head cast once"] = partial(ours, budgets[0], True, True)
     made["CE + KL, dense"] = partial(dense, True)
-    for budget in (budgets[0], budgets[2]):
+    for budget in budgets[:2]:
         made[name("CE", budget)] = partial(ours, budget, False)
     made["CE, dense"] = partial(dense, False)
     if find_spec("liger_kernel") is not None:
@@ -190,6 +184,6 @@ def run(recorder: Recorder) -> None:
     for rows in sizes.rows:
         for hidden in sizes.hidden:
             given = Given(rows, hidden, sizes.vocab, recorder.device)
-            for name, make in methods(sizes.budgets).items():
+            for name, make in methods(sizes.budgets, recorder.device.type).items():
                 recorder.row(name, partial(measure, recorder, given, make), T=rows, D=hidden)
             del given

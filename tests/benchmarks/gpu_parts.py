@@ -236,7 +236,7 @@ class Planner:
         peak = teacher_peak(work, "t0", shape, self._gpu, self._sizes.part, 1)
         return self._said(work, "teachers.t0", 2.0 * shape.parameters, peak)
 
-    def student(self, teachers: int, chunk_bytes: int) -> dict[str, Any]:
+    def student(self, teachers: int, chunk_bytes: int | None) -> dict[str, Any]:
         """Returns the same of stage two."""
         work = self._work((), max(1, teachers), loss={"chunk_bytes": chunk_bytes})
         shape = shapes.student_shape(work)

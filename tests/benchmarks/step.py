@@ -42,7 +42,8 @@ from pipeline.config import load_config
 from pipeline.reproduce.online import OnlineStudent
 from pipeline.workspace import Workspace
 from stages.batches import Batch
-from stages.chunked_head import chunk_rows, chunked_loss
+from stages.chunk_sizes import loss_rows
+from stages.chunked_head import chunked_loss
 from stages.device import Usage
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule, run_decoder
@@ -51,7 +52,6 @@ from stages.order import BlockOrder, Position
 from stages.progress import Silent
 from stages.stream import steps_of_batches
 from stages.student import DistilledStudent, build_student
-from stages.target_options import LossOptions
 from stages.teacher import TransformersTeacher
 
 HIDDEN, KEPT = 1024, 64
@@ -106,7 +106,7 @@ def loss_memory(mode: str, tokens: int, vocab: int) -> None:
     else:
         head, chunk = (
             Head(weight, None, HeadRule(), False),
-            chunk_rows(vocab, LossOptions().chunk_bytes),
+            loss_rows(vocab, "cpu", None),
         )
         chunked_loss(hidden, head, gold, target, 0.5, 0.5, chunk).total.backward()
     assert hidden.grad is not None and weight.grad is not None

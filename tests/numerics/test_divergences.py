@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from stages.chunked_head import ChunkedLoss, chunk_rows, chunked_loss
+from stages.chunk_sizes import loss_rows, notes_rows
+from stages.chunked_head import ChunkedLoss, chunked_loss
 from stages.divergences import DIVERGENCES, FLOOR, Divergence
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule
@@ -328,10 +329,14 @@ def test_ranking_is_told_by_row() -> None:
 
 
 def test_a_chunk_fits_its_budget() -> None:
-    assert chunk_rows(49_152, 96 * 2**20) == 512
-    assert chunk_rows(151_936, 96 * 2**20) == 165
-    assert chunk_rows(10**9, 1) == 1
-    assert chunk_rows(49_152, 1, 7) == 7
+    assert loss_rows(49_152, "cpu", None) == 512
+    assert loss_rows(151_936, "cpu", None) == 165
+    assert loss_rows(151_936, "cuda", None) == 1_766
+    assert loss_rows(151_936, "cuda", 96 << 20) == 165
+    assert loss_rows(10**9, "cpu", 1) == 1
+    assert loss_rows(49_152, "cpu", 1, 7) == 7
+    assert [notes_rows(151_936, kind, None) for kind in ("cpu", "cuda")] == [128, 441]
+    assert notes_rows(10**9, "cuda", None) == 1 and notes_rows(9, "cuda", 3) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import kl_div, log_softmax
 
+from stages import chunked_head
 from stages.chunked_head import chunked_loss
 from stages.fusion import FusedTarget
 from stages.head import Head, HeadRule
@@ -76,6 +77,15 @@ def gradients(loss: Tensor, head: Head, hidden: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
 
 
+@pytest.fixture(params=["slices", "whole chunks"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU: no slices, no memory kept, the target merged at once."""
+    if request.param == "whole chunks":
+        monkeypatch.setattr(chunked_head, "_scratch", lambda *_: None)
+        monkeypatch.setattr(chunked_head, "cache_sized", lambda rows, _: range(0, rows, rows))
+
+
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("chunk", [1, 4, R, 100])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("padding", [0, 3])

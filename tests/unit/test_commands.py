@@ -115,6 +115,27 @@ def test_wrong_usage_is_two(cli: Callable[..., Any], tmp_path: Path) -> None:
         assert cli(*words).exit_code == 2
 
 
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("train", "'train-student'"), ("trian-student", "'train-student'"),
+    ("Cache_Teachers", "'cache-teachers'"), ("cache", "'cache-teachers' or 'export-cache'"),
+    ("teachers", "'cache-teachers'"), ("eval", "'evaluate'"), ("reprot", "'report'"),
+    ("launch slrum", "'slurm'"),
+])  # fmt: skip
+def test_a_mistyped_or_shortened_command_gets_a_hint(
+    typed: str, meant: str, cli: Callable[..., Any]
+) -> None:
+    ended = cli(*typed.split(), "my.yaml")
+    word = typed.split()[-1]
+    assert ended.exit_code == 2
+    assert f"Error: No such command {word!r}. Did you mean {meant}" in ended.output
+
+
+def test_a_command_like_none_gets_no_hint(cli: Callable[..., Any]) -> None:
+    for typed in ("zzz", "--no-such", ""):
+        ended = cli(typed, "my.yaml")
+        assert ended.exit_code == 2 and "Did you mean" not in ended.output
+
+
 def completed(line: str, folder: Path) -> list[str]:
     """Returns what a shell is offered for the last word of a line."""
     words = line.split(" ")

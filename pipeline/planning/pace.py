@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from pipeline.cache_workspace import CacheWorkspace
 from pipeline.planning.calibration import Measured, device_name, fitting
+from pipeline.start import machine
 
 _EFFICIENCY = 0.3  # of the matrix products' rate that a forward reaches, for a first estimate
 
@@ -62,27 +62,7 @@ class Pace:
     def rate(self) -> float:
         """Returns the device's bf16 FLOP/s."""
         if self._rate is None:
-            self._rate = measure_flops(self._work.config.device)
+            from stages.device import choose_device  # which loads torch
+
+            self._rate = machine.measure(str(choose_device(self._work.config.device))).bf16
         return self._rate
-
-
-def measure_flops(device_name: str) -> float:
-    """Returns the device's bf16 matrix-product rate in FLOP/s, measured for half a second."""
-    import torch
-
-    from stages.device import choose_device
-
-    device = choose_device(device_name)
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).bfloat16()
-    count, elapsed = 0, 0.0
-    a @ a
-    start = time.perf_counter()
-    while elapsed < 0.5:
-        for _ in range(4):
-            a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        count += 4
-        elapsed = time.perf_counter() - start
-    return 2.0 * n**3 * count / elapsed

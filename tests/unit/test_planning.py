@@ -17,6 +17,8 @@ from pipeline.planning.memory import student_peak, teacher_peak
 from pipeline.planning.pace import Device, Pace
 from pipeline.planning.shapes import student_shape, teacher_shape
 from pipeline.planning.sizes import bytes_by_array
+from pipeline.start import machine
+from pipeline.start.machine import Rates
 from storage.corpus_info import load_begun
 from storage.errors import StaleCache
 from storage.layout import Layout
@@ -27,7 +29,7 @@ Cli = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """No half second of matrix products for each plan."""
-    monkeypatch.setattr("pipeline.planning.pace.measure_flops", lambda _: 1e9)
+    monkeypatch.setattr(machine, "measure", lambda _: Rates(1e9, 1e9, 64, "cpu", 1))
 
 
 def planned(cli: Cli, lab: Lab, *arguments: object, **changes: Any) -> dict[str, Any]:

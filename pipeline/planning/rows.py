@@ -56,7 +56,7 @@ def make_plan(
     Runs nothing.
 
     Args:
-        rate: bf16 FLOP/s of the device; measured for half a second if not given and needed.
+        rate: bf16 FLOP/s of the device; measured for an instant if not given and needed.
         pace: in place of the rate.
 
     Raises:

@@ -18,7 +18,6 @@ from pipeline.planning.pace import Device, Pace
 from pipeline.planning.shapes import student_shape, teacher_shape
 from pipeline.planning.sizes import bytes_by_array
 from pipeline.start import machine
-from pipeline.start.machine import Rates
 from storage.corpus_info import load_begun
 from storage.errors import StaleCache
 from storage.layout import Layout
@@ -28,8 +27,8 @@ Cli = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No half second of matrix products for each plan."""
-    monkeypatch.setattr(machine, "measure", lambda _: Rates(1e9, 1e9, 64, "cpu", 1))
+    """No matrix products for each plan; in bf16 as slow as where it is emulated."""
+    monkeypatch.setattr(machine, "rate", lambda _, bf16: 2e7 if bf16 else 1e9)
 
 
 def planned(cli: Cli, lab: Lab, *arguments: object, **changes: Any) -> dict[str, Any]:
@@ -58,6 +57,16 @@ def test_a_plan_adds_up(lab: Lab, cli: Cli) -> None:
     assert [peak["what"] for peak in plan["memory"]] == ["teachers.one", "teachers.two", "student"]
     for peak in plan["memory"]:
         assert peak["bytes"] == sum(peak["terms"].values()) and peak["measured"] is None
+
+
+def test_time_is_told_in_the_precision_that_is_computed_in(lab: Lab, cli: Cli) -> None:
+    """Where bf16 is emulated, a plan in float32 was fifty times too long."""
+    slow, fast = (
+        planned(cli, lab, teachers__one__dtype=dtype, train__precision=precision, device="cpu")
+        for dtype, precision in (("bfloat16", "bf16"), ("float32", "fp32"))
+    )
+    for name in ("cache one", "train fused"):
+        assert step(slow, name)["seconds"] == pytest.approx(50 * step(fast, name)["seconds"])
 
 
 def test_finished_parts_say_what_they_take(lab: Lab, cli: Cli) -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
+import subprocess
+import sys
+import threading
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from conftest import Lab
 
 from pipeline.append import append_sources
-from pipeline.planning import calibration, parts
-from pipeline.planning.memory import student_peak, teacher_peak
+from pipeline.planning import calibration, measure, parts
+from pipeline.planning.memory import RUNTIME, student_peak, teacher_peak
 from pipeline.planning.pace import Device, Pace
 from pipeline.planning.shapes import student_shape, teacher_shape
 from pipeline.planning.sizes import bytes_by_array
 from pipeline.start import machine
+from stages.device import resident_bytes
 from storage.corpus_info import load_begun
 from storage.errors import StaleCache
 from storage.layout import Layout
@@ -67,6 +74,51 @@ def test_time_is_told_in_the_precision_that_is_computed_in(lab: Lab, cli: Cli) -
     )
     for name in ("cache one", "train fused"):
         assert step(slow, name)["seconds"] == pytest.approx(50 * step(fast, name)["seconds"])
+
+
+def test_memory_is_told_by_term_and_stage(lab: Lab, cli: Cli) -> None:
+    """A table a stage, a row a term: first the process itself, with models as small as these."""
+    shown = cli("plan", lab.write(device="cpu")).stdout
+    plan = planned(cli, lab, device="cpu")
+    table = shown.partition("peak memory on cpu")[2].partition("\nparts left")[0]
+    one, _, two = table.partition("stage two")
+    assert re.search(r"^stage one +one +two$", one, re.M) and re.match(r" +student$", two, re.M)
+    assert re.search(r"^interpreter, torch and libraries +524.3 MB +524.3 MB$", one, re.M)
+    assert re.search(r"^in all, estimated +\d", two, re.M) and "measured" not in table
+    for told, peaks in ((one, plan["memory"][:2]), (two, plan["memory"][2:])):
+        for term in (term for peak in peaks for term in peak["terms"]):
+            assert re.search(rf"^{term} +\S+ .B", told, re.M), term
+    assert max(map(len, table.splitlines())) < 80 and "at its largest" not in table
+    shown = cli("plan", lab.write(), "--flops", 1e6).stdout
+    assert "context and libraries" in shown and re.search(r"^at its largest +\w", shown, re.M)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_what_was_measured_before_is_not_the_next_models() -> None:
+    """Of two models measured in one process the second had 450 MB of the first in its peak."""
+    cpu, kept = torch.device("cpu"), []
+
+    def load() -> None:  # as transformers does: in threads, whose arenas keep what they free
+        several = [torch.ones(25_000) for _ in range(3_000)]
+        kept.append(several[-1])
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    before = resident_bytes(cpu)
+    measure._give_back()
+    assert before - resident_bytes(cpu) > 150_000_000
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of torch's build for CPUs")
+def test_the_process_itself_is_as_large_as_a_plan_says() -> None:
+    code = (
+        "import torch\nfrom transformers import LlamaForCausalLM\nimport datasets\n"
+        "import stages.train_student, stages.annotate, stages.corpus, storage.writer\n"
+        "from stages.device import resident_bytes\nprint(resident_bytes(torch.device('cpu')))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.6 * RUNTIME[False] < int(shown.stdout) < 1.4 * RUNTIME[False]
 
 
 def test_finished_parts_say_what_they_take(lab: Lab, cli: Cli) -> None:

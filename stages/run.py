@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +52,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        if self.train.steps is not None:
-            return self.train.steps
-        samples = sum(count for _, count in self.train_blocks) * (self.train.epochs or 1)
-        return math.ceil(samples / (self.train.batch_blocks * self.train.accumulate))
+        return self.train.steps_over(sum(count for _, count in self.train_blocks))
 
 
 def finished(run: Run) -> bool:

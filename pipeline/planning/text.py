@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from pipeline.console import Console, duration, human_bytes
+from pipeline.console import Console, about, duration, human_bytes
 from pipeline.planning.calibration import STUDENT
 
 
 def show_plan(console: Console, plan: dict[str, Any]) -> None:
     """Prints a plan from `whole_plan`: steps, arrays, memory, parts, warnings."""
-    about = "about " if plan["estimated"] else ""
+    told = about(plan["tokens"], plan["estimated"])
     click.echo(
-        f"{about}{plan['tokens']:,} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
+        f"{told} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
         f"{plan['parts']:,} parts of {plan['blocks_per_part']:,} blocks\n"
     )
     _steps(console, plan)
@@ -39,7 +39,8 @@ def _steps(console: Console, plan: dict[str, Any]) -> None:
     rows = []
     for step in plan["steps"]:
         row = [
-            step["step"], f"{step['done']:,}", f"{step['total']:,}", human_bytes(step["size_bytes"]),
+            step["step"], f"{step['done']:,}", about(step["total"], step["estimated"]),
+            human_bytes(step["size_bytes"]),
             "–" if step["seconds"] is None else duration(step["seconds"]),
             "–" if step["hours"] is None else _hours(step["hours"]),
         ]  # fmt: skip

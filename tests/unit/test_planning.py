@@ -76,6 +76,57 @@ def test_time_is_told_in_the_precision_that_is_computed_in(lab: Lab, cli: Cli) -
         assert step(slow, name)["seconds"] == pytest.approx(50 * step(fast, name)["seconds"])
 
 
+def totals(rows: list[dict[str, Any]]) -> dict[str, tuple[int, bool]]:
+    return {row["step"]: (row["total"], row["estimated"]) for row in rows}
+
+
+def test_plan_and_status_count_alike(lab: Lab, cli: Cli) -> None:
+    """About, until the corpus is packed; then exactly, and what the training will do."""
+    changes = {"train__steps": None, "train__epochs": 3, "train__baseline": True}
+    steps = ("prepare corpus", "cache one", "cache two", "train fused", "train cross_entropy")
+
+    def counted() -> tuple[dict[str, tuple[int, bool]], str, str]:
+        plan = totals(planned(cli, lab, **changes)["steps"])
+        path = lab.write(**changes)
+        status = totals(json.loads(cli("status", path, "--json").stdout))
+        assert {name: status[name] for name in steps} == plan and tuple(plan) == steps
+        return plan, cli("plan", path).stdout, cli("status", path).stdout
+
+    before, plan, status = counted()
+    for name, (total, estimated) in before.items():
+        assert estimated and total > 0
+        for shown in (plan, status):
+            assert re.search(rf"^{name} .*\b0 +about {total:,} ", shown, re.M), shown
+    work = lab.workspace(**changes)
+    jobs = work.cache_teachers()
+    after, plan, status = counted()
+    assert not any(estimated for _, estimated in after.values()) and before != after
+    exact = work.runs(work.prepared(), jobs)["fused"].steps
+    assert after["train fused"] == (exact, False)
+    for shown in (plan, status):
+        assert "about" not in shown and re.search(rf"^train fused .*\b0 +{exact} ", shown, re.M)
+
+
+def test_what_is_held_out_is_not_counted_as_trained_on(lab: Lab, cli: Cli) -> None:
+    changes = {"train__steps": None, "train__epochs": 8}
+    whole = totals(planned(cli, lab, **changes)["steps"])["train fused"][0]
+    lab.config["corpus"]["sources"][0]["heldout"] = 0.5
+    lab.config["corpus"]["sources"][1]["heldout"] = 0.5
+    half = totals(planned(cli, lab, **changes)["steps"])["train fused"][0]
+    assert abs(half - whole / 2) <= 4 and whole > 16
+    given = totals(planned(cli, lab)["steps"])
+    assert given["train fused"] == (6, False) and given["cache one"][1]
+
+
+def test_a_student_without_its_export_is_not_done(lab: Lab, cli: Cli) -> None:
+    folder = lab.root / "run/students/fused/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "latest").write_text("step-00000006")
+    rows = json.loads(cli("status", lab.write(), "--json").stdout)
+    row = next(row for row in rows if row["step"] == "train fused")
+    assert row["state"] == "partial" and row["done"] == row["total"] == 6
+
+
 def test_memory_is_told_by_term_and_stage(lab: Lab, cli: Cli) -> None:
     """A table a stage, a row a term: first the process itself, with models as small as these."""
     shown = cli("plan", lab.write(device="cpu")).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,8 @@ def test_what_is_composed_is_a_configuration(machine: Machine, tokens: int) -> N
         assert run.teachers["a"].dtype == ("bfloat16" if machine.fast_bf16 else "float32")
         assert run.teachers["a"].feature_layers == (23,) and at_depth(23, 24, 3) == 3
         assert run.corpus.append_eos is changes.get("ends", True)
+        blocks = math.ceil(0.99 * tokens / run.corpus.block_length)  # a hundredth is held out
+        assert f"about {run.train.steps_over(blocks):,} steps" in comments["train.epochs"]
         assert run.evaluate.prompt_tokens + run.evaluate.new_tokens < run.corpus.block_length
 
 

@@ -93,7 +93,7 @@ def _no_folder(model: str, key: str) -> TeacherError:
         found = next(one for one in parent.parents if one.is_dir())
         todo = f"there is no {parent} either, only {found}: {todo}"
     if model.count("/") == 1 and model[0] not in "./~":
-        todo += f"\n             (for the hub's model of that name run `hf download {model}` first)"
+        todo += f" (for the hub's model of that name run `hf download {model}` first)"
     return TeacherError("no such model folder", where=key, found=model, todo=todo)
 
 

@@ -71,6 +71,7 @@ class Group:
     Attributes:
         corpus: its fingerprint.
         table: perplexities and the like, a row a model.
+        several: whether there is more than one domain.
         overall: every overall figure.
         generation: kind of continuation → its scores, overall.
         costs: of caches and trainings.
@@ -79,6 +80,7 @@ class Group:
     corpus: str
     runs: list[str]
     table: Table
+    several: bool
     overall: Table
     generation: dict[str, Table]
     costs: Table
@@ -222,7 +224,8 @@ def _agree(one: Row, other: Row) -> bool:
 def _group(corpus: str, runs: Sequence[Run]) -> Group:
     rows = rows_of(runs)
     domains = list(dict.fromkeys(d for run in runs for d in report_tables.domains(run.evaluation)))
-    names = [*(d for d in domains if d != OVERALL), *([OVERALL] if domains else [])]
+    names = [domain for domain in domains if domain != OVERALL]
+    names += [OVERALL] if len(names) > 1 else []  # of one domain it says nothing more
     measured = [k for k in METRICS if any(k in r.table.get(OVERALL, {}) for r in rows)]
     more = [key for key in ("bits_per_byte", "kd", "accuracy") if key in measured]
     head = [[_shared(row.runs, len(runs)), row.line.label] for row in rows]
@@ -242,7 +245,9 @@ def _group(corpus: str, runs: Sequence[Run]) -> Group:
         [[*head[i], *(every[key][i] for key in measured)] for i in range(len(rows))],
     )
     labels = [run.label for run in runs]
-    return Group(corpus, labels, table, overall, _generation(rows, len(runs)), _costs(runs))
+    return Group(
+        corpus, labels, table, len(names) > 1, overall, _generation(rows, len(runs)), _costs(runs)
+    )
 
 
 def _shared(labels: Sequence[str], runs: int) -> str:

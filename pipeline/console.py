@@ -113,6 +113,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def about(count: int, estimated: bool) -> str:
+    """Returns a count for people: 1,234, or about 1,234."""
+    return f"{'about ' if estimated else ''}{count:,}"
+
+
 def human_bytes(count: float) -> str:
     """Returns a size in decimal units: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -29,7 +29,6 @@ from typing import Any, Final, NamedTuple
 
 from pipeline.demo_text import (
     SIZES,
-    DemoAssetError,
     Size,
     bible_documents,
     code_documents,
@@ -37,6 +36,7 @@ from pipeline.demo_text import (
     splits,
 )
 from storage import durable
+from storage.errors import DemoAssetError
 
 Say = Callable[[str], None]
 

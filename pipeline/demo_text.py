@@ -16,11 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from storage.errors import ScholiastError
-
-
-class DemoAssetError(ScholiastError, RuntimeError):
-    """A demonstration asset could not be fetched or made."""
+from storage.errors import DemoAssetError
 
 
 class Document(NamedTuple):

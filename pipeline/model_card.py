@@ -88,7 +88,7 @@ def read_figures(work: Workspace, name: str, facts: dict[str, Any]) -> dict[str,
         facts: scholiast.json of the student: identity and steps.
 
     Returns:
-        domains: domain → {student, fused}, each of that domain's figures; overall comes last.
+        domains: domain → {student, fused}, each of that domain's figures; overall comes last, of several.
     """
     try:
         found = json.loads((work.config.run / "evaluation.json").read_text())
@@ -96,7 +96,8 @@ def read_figures(work: Workspace, name: str, facts: dict[str, Any]) -> dict[str,
         domains = found["students"][name]["domains"]
         if not same or found["training"][name]["steps"] != facts["steps"]:
             return None
-        order = [*(domain for domain in domains if domain != OVERALL), OVERALL]
+        order = [domain for domain in domains if domain != OVERALL]
+        order += [OVERALL] if len(order) > 1 else []
         return {one: {"student": domains[one], "fused": found["fused"][one]} for one in order}
     except (OSError, ValueError, KeyError):  # not evaluated, or by an earlier version
         return None

@@ -185,6 +185,7 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "writers": {**teachers, **students},
         "intervals": any(getattr(c, "interval", "") for row in table.rows for c in row),
         "overall": report_tables.overall(evaluation),
+        "several": report_tables.several(evaluation),
         "metrics": report_tables.by_metric(evaluation),
         "generation": report_tables.generation(evaluation),
         "weights": report_tables.of_teachers(evaluation, "weight"),

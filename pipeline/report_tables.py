@@ -107,8 +107,15 @@ def models(evaluation: Evaluation) -> list[tuple[Line, dict[str, Any]]]:
 
 
 def domains(evaluation: Evaluation) -> list[str]:
-    """Returns the columns of every table of held-out results."""
-    return [*evaluation["domains"], OVERALL] if models(evaluation) else []
+    """Returns the columns of every table of held-out results; of one domain overall says nothing more."""
+    if not models(evaluation):
+        return []
+    return [*evaluation["domains"], OVERALL] if several(evaluation) else [*evaluation["domains"]]
+
+
+def several(evaluation: Evaluation) -> bool:
+    """Returns whether figures by domain differ from those over all domains."""
+    return len(evaluation["domains"]) > 1
 
 
 def gold_note(evaluation: Evaluation) -> str:
@@ -201,7 +208,10 @@ def _sizes(evaluation: Evaluation) -> dict[str, tuple[float | None, float | None
 
 
 def by_metric(evaluation: Evaluation) -> dict[str, Table]:
-    """Returns a table of models and domains for every figure but perplexity, by its name."""
+    """Returns a table of models and domains for every figure but perplexity, by its name; none where
+    there is one domain, of which `overall` says it."""
+    if not several(evaluation):
+        return {}
     names = domains(evaluation)
     return {
         metric.label.replace("\n", " "): Table(
@@ -222,12 +232,14 @@ def _measured(evaluation: Evaluation, key: str) -> bool:
 
 
 def generation(evaluation: Evaluation) -> dict[str, dict[str, Table]]:
-    """Returns, by kind of continuation, the quality of what is written: overall and by domain."""
+    """Returns, by kind of continuation, the quality of what is written: overall and by domain, if there
+    are several."""
     written = _written(evaluation)
+    domains = [OVERALL, *(evaluation["domains"] if several(evaluation) else ())]
     tables: dict[str, dict[str, Table]] = {}
     for mode, title in _MODES.items():
         found: dict[str, Table] = {}
-        for domain in [OVERALL, *evaluation["domains"]]:
+        for domain in domains:
             rows = [
                 [label, *(m.cell(scores[domain][mode], key) for key, m in GENERATION.items())]
                 for label, scores in written.items()

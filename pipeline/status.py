@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import BASELINE, FUSED
 from pipeline.launch.logs import failed_tasks
+from pipeline.planning.parts import estimate_tokens, training_steps
 from pipeline.workspace import Workspace
+from stages.corpus_identity import recorded_width
 from stages.part_log import measured
 from stages.teacher_jobs import TeacherJob
 from storage import manifest
 from storage.checked import parse, read_bounded
-from storage.errors import CheckpointError
+from storage.corpus_info import CorpusInfo
+from storage.errors import CheckpointError, ConfigError, CorpusError
 from storage.leases import failures, leases
 
 
 def read_status(work: Workspace) -> list[dict[str, Any]]:
-    """Returns a row a step: {step, state, done, total}; state is done, partial or waiting.
+    """Returns a row a step: {step, state, done, total, estimated}; state is done, partial or waiting, and
+    total, the same as a plan's, is estimated until the corpus is packed, and 0 where nothing tells.
 
     A teacher's row also has, in parts, running (leased), stale (its task gave no sign of life for long)
     and failed; tasks at work; tokens_per_s of all of them and seconds_left, None where nothing tells. A
@@ -30,20 +35,21 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
     """
     config, rows = work.config, []
     info, jobs = work.looked_at()
+    parts = info.parts if info else _parts(work)
     if info is None:
-        done = len(manifest.listing(config.corpus_folder))
-        rows.append(_row("prepare corpus", done, 0))
+        rows.append(_open_row("prepare corpus", len(manifest.listing(config.corpus_folder)), parts))
     else:
-        rows.append(_row("prepare corpus", info.parts, info.parts))
+        rows.append(_row("prepare corpus", parts, parts))
     known = {job.name: job for job in jobs}
-    rows += [_teacher_row(name, known.get(name)) for name in config.teachers]
+    rows += [_teacher_row(name, known.get(name), parts, info is None) for name in config.teachers]
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
-        done, total = newest_step(folder), 0
         finished = folder / "model" / "scholiast.json"
         if finished.exists():
-            done = total = steps_of(finished)
-        rows.append(_row(f"train {name}", done, total))
+            steps = steps_of(finished)
+            rows.append(_row(f"train {name}", steps, steps))
+        else:
+            rows.append(_open_row(f"train {name}", newest_step(folder), *_steps(work, info)))
     evaluated = int((config.run / "evaluation.json").exists())
     rows.append(_row("evaluate", evaluated, 1))
     rows.append(_row("report", int((config.run / "report" / "report.html").exists()), 1))
@@ -51,9 +57,28 @@ def read_status(work: Workspace) -> list[dict[str, Any]]:
     return rows
 
 
-def _teacher_row(name: str, job: TeacherJob | None) -> dict[str, Any]:
+def _steps(work: Workspace, info: CorpusInfo | None) -> tuple[int, bool]:
+    try:
+        return training_steps(work, info)
+    except (ConfigError, CorpusError):  # a source that is not here
+        return 0, False
+
+
+def _parts(work: Workspace) -> int:
+    """Returns about how many parts a corpus that is not packed will have, 0 where nothing tells."""
+    corpus = work.config.corpus
+    width = corpus.blocks_per_part or recorded_width(work.config.corpus_folder)
+    if not width:
+        return 0
+    try:
+        return math.ceil(math.ceil(estimate_tokens(work) / corpus.block_length) / width)
+    except (ConfigError, CorpusError):
+        return 0
+
+
+def _teacher_row(name: str, job: TeacherJob | None, parts: int, estimated: bool) -> dict[str, Any]:
     if job is None:
-        return _row(f"cache {name}", 0, 0)
+        return _open_row(f"cache {name}", 0, parts, estimated)
     row = _row(f"cache {name}", len(job.done), job.layout.parts)
     held, failed = [], 0
     if job.pending and isinstance(job.root, Path):
@@ -89,7 +114,15 @@ def _add_failures(rows: list[dict[str, Any]], logs: Path) -> None:
 
 def _row(step: str, done: int, total: int) -> dict[str, Any]:
     state = "done" if total and done == total else "partial" if done else "waiting"
-    return {"step": step, "state": state, "done": done, "total": total}
+    return {"step": step, "state": state, "done": done, "total": total, "estimated": False}
+
+
+def _open_row(step: str, done: int, total: int, estimated: bool = True) -> dict[str, Any]:
+    """Returns the row of a step that is not done, however much is: a student may lack its export, and a
+    total be a guess (0: none)."""
+    state = "partial" if done else "waiting"
+    estimated = estimated and total > 0
+    return {"step": step, "state": state, "done": done, "total": total, "estimated": estimated}
 
 
 def steps_of(path: Path) -> int:

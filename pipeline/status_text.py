@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.console import Console, duration
+from pipeline.console import Console, about, duration
 from pipeline.terminal import harmless
 
 _SHOWN = 3  # failed tasks of a step whose logs are shown
@@ -38,7 +38,8 @@ def _cells(row: dict[str, Any], busy: bool) -> list[str]:
     rate, left = row.get("tokens_per_s"), row.get("seconds_left")
     counts = [f"{row[key]:,}" if key in row else "" for key in ("running", "stale", "failed")]
     return [
-        row["step"], row["state"], f"{row['done']:,}", f"{row['total']:,}" if row["total"] else "?",
+        row["step"], row["state"], f"{row['done']:,}",
+        about(row["total"], row.get("estimated", False)) if row["total"] else "?",
         *(counts if busy else []),
         f"{rate:,.0f}" if rate else "", duration(left) if left else "",
     ]  # fmt: skip

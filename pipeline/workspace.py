@@ -173,9 +173,12 @@ class Workspace(CacheWorkspace):
         """
         runs = self.runs(*self.finished_jobs())
         if student not in runs:
+            asked = student == BASELINE and (self.config.run / "students" / student).is_dir()
             raise ConfigError(
                 "there is no such student", where="--student", expected=f"one of {list(runs)}",
-                found=student, todo="name another",
+                found=student,
+                todo="it was trained with --set train.baseline=true: give that here, too" if asked
+                else "name another",
             )  # fmt: skip
         if folder.exists():
             raise ConfigError(
@@ -271,6 +274,7 @@ class Workspace(CacheWorkspace):
             if not finished(run):
                 raise IncompleteCache(
                     f"the student {name!r} has not been trained", where=run.model_folder,
+                    found=self._trained(),
                     todo="run `scholiast train-student` with this configuration first",
                 )  # fmt: skip
         require_models(self, models, [*runs, *self.config.teachers])
@@ -308,7 +312,7 @@ class Workspace(CacheWorkspace):
         folder = self.config.run / "students" / student / "model"
         if not folder.is_dir():
             raise IncompleteCache(
-                f"there is no trained student {student!r}", where=folder,
+                f"there is no trained student {student!r}", where=folder, found=self._trained(),
                 todo="run `scholiast train-student`, or name another with --student",
             )  # fmt: skip
         self._setup_torch()
@@ -331,6 +335,11 @@ class Workspace(CacheWorkspace):
         return generate(model, tokenizer, tokens, new_tokens, temperature, seed)
 
     # -- small things
+
+    def _trained(self) -> str:
+        """Returns the students that are finished in the run's folder, for people."""
+        folders = sorted(self.config.run.glob("students/*/model/scholiast.json"))
+        return f"trained here: {', '.join(path.parents[1].name for path in folders) or 'none'}"
 
     def student_folder(self) -> Path:
         """Returns where the student's checkpoint lies, or its configuration alone."""

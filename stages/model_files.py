@@ -5,7 +5,10 @@ Nothing here imports torch or transformers, so that plans and completeness check
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +39,7 @@ def locate(model: str, revision: str | None, key: str, *, weights: bool = True) 
     if folder.is_dir():
         return folder
     if _looks_like_path(model):
-        raise TeacherError(
-            "no such model folder", where=key, found=model,
-            todo="give a folder that holds config.json, or a hub name like org/model",
-        )  # fmt: skip
+        raise _no_folder(model, key)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -60,7 +60,41 @@ def locate(model: str, revision: str | None, key: str, *, weights: bool = True) 
 
 
 def _looks_like_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.count("/") != 1 or "\\" in model
+    """Returns whether a name that is no folder was meant to be one: it is written as a path, or the
+    folder is there that it would lie in, and the hub cache has no model of that name."""
+    if model.startswith((".", "/", "~")) or model.count("/") != 1 or "\\" in model:
+        return True
+    return Path(model).parent.is_dir() and not _cached(model)
+
+
+def _cached(model: str) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}").is_dir()
+
+
+def _no_folder(model: str, key: str) -> TeacherError:
+    """Returns the error of a folder that is not there, with those there that may have been meant."""
+    path = Path(os.path.expanduser(model))
+    parent = path.parent
+    near, todo = [], "give a folder that holds config.json, or a hub name like org/model"
+    if parent.is_dir():
+        with contextlib.suppress(OSError):
+            names = sorted(one.name for one in parent.iterdir() if (one / "config.json").is_file())
+            near = difflib.get_close_matches(path.name, names, 3) or names[:3]
+    if "://" in model:
+        todo = "give a hub model's name alone: org/model"
+    elif path.is_dir():
+        todo = f"write it out, since ~ is the shell's to expand: {path}"
+    elif near:
+        before = os.path.dirname(model.rstrip("/"))
+        todo = f"did you mean {' or '.join(os.path.join(before, name) for name in near)}?"
+    elif not parent.is_dir():
+        found = next(one for one in parent.parents if one.is_dir())
+        todo = f"there is no {parent} either, only {found}: {todo}"
+    if model.count("/") == 1 and model[0] not in "./~":
+        todo += f" (for the hub's model of that name run `hf download {model}` first)"
+    return TeacherError("no such model folder", where=key, found=model, todo=todo)
 
 
 def present(model: str, revision: str | None, *, weights: bool = True) -> bool:

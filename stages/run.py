@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from stages.train_options import LoraOptions, TrainOptions
 from storage import durable
 from storage.checked import parse, read_bounded
 from storage.errors import CheckpointError
-from storage.fingerprint import describe_differences, fingerprint
+from storage.fingerprint import describe_differences, differences, fingerprint
 from storage.types import Int64
+
+_SETTINGS = ("fusion.", "loss.", "student.", "train.")
+_FILES = "student.files"  # sha256 of them, beside the settings of that section
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        if self.train.steps is not None:
-            return self.train.steps
-        samples = sum(count for _, count in self.train_blocks) * (self.train.epochs or 1)
-        return math.ceil(samples / (self.train.batch_blocks * self.train.accumulate))
+        return self.train.steps_over(sum(count for _, count in self.train_blocks))
 
 
 def finished(run: Run) -> bool:
@@ -122,8 +123,38 @@ def require_identity(run: Run, found: Any, where: Path) -> None:
     found = found if isinstance(found, dict) else {}
     if fingerprint(found) != fingerprint(run.identity):
         ours, theirs = describe_differences(run.identity, found)
+        options = settings_of(run.identity, found)
+        what, restore = "the folder holds another run", "restore those settings"
+        if options:
+            what = "the folder holds a student of other settings"
+            restore = f"give this command, too, what it was trained with: {' '.join(options)}"
         raise CheckpointError(
-            "the folder holds another run", where=where, expected=ours, found=theirs,
-            todo="restore those settings, or name another run_dir (and in corpus_dir and cache_dir what "
-            f"is there now), or delete {run.folder}",
+            what, where=where, expected=f"{ours}, as given now", found=f"{theirs}, as it was trained",
+            todo=f"{restore}, or name another run_dir (and in corpus_dir and cache_dir what is there "
+            f"now), or delete {run.folder}",
         )  # fmt: skip
+
+
+def settings_of(now: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Returns the options that give a command the settings of another run of this folder, quoted for a
+    shell; none where more differs than settings: corpus, caches, the student's own files.
+
+    Args:
+        now, found: identities.
+    """
+    options = []
+    for key, _, value in differences(now, found):
+        if not key.startswith(_SETTINGS) or key.startswith(_FILES) or not _has(found, key):
+            return []
+        text = value if isinstance(value, str) else json.dumps(value)
+        options += ["--set", shlex.quote(f"{key}={text}")]
+    return options
+
+
+def _has(identity: Any, key: str) -> bool:
+    """Returns whether an identity names a key at all: an earlier version's may not."""
+    for part in key.split("."):
+        if not isinstance(identity, Mapping) or part not in identity:
+            return False
+        identity = identity[part]
+    return True

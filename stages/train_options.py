@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -120,6 +121,13 @@ class TrainOptions(Options):
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together exceed the run")
         return self
+
+    def steps_over(self, blocks: int) -> int:
+        """Returns the optimizer steps of a training on so many blocks: those asked for, or what the
+        epochs come to, the last step's blocks being fewer where they do not come out even."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil(blocks * (self.epochs or 1) / (self.batch_blocks * self.accumulate))
 
 
 class EvaluateOptions(Options):

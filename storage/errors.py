@@ -215,6 +215,19 @@ class CheckpointError(ScholiastError):
     )
 
 
+class DemoAssetError(ScholiastError):
+    """A model or text of the demonstration could not be fetched or made."""
+
+    cause: ClassVar[str] = (
+        "No network or package index, a mirror with other files, a full disk, a missing package, or a "
+        "Python without its library's sources."
+    )
+    remedy: ClassVar[str] = (
+        "Mend what the message names and run the same command again: finished assets are kept. Your own "
+        "configuration needs none of them."
+    )
+
+
 class OtherRank(ScholiastError):
     """Another process of the same training failed, and this one ends with it.
 

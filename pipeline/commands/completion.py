@@ -1,4 +1,4 @@
-"""`scholiast completion`, and what a shell is offered for configurations, teachers and students."""
+"""`scholiast completion`; what shells are offered for configurations, settings, teachers and students."""
 
 from __future__ import annotations
 
@@ -9,18 +9,148 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class, split_arg_string
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+    split_arg_string,
+)
+
+from pipeline.commands.setting_keys import offered
 
 PROGRAM: Final = "scholiast"
 VARIABLE: Final = "_SCHOLIAST_COMPLETE"
 _MOST = 100  # configurations that are offered at once
+
+# As click's own, but no space after what wants to be gone on with: a section's "." and a key's "=".
+_BASH: Final = """\
+%(complete_func)s() {
+    local IFS=$'\\n'
+    local response completion type value
+
+    response=$(env COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD \
+%(complete_var)s=bash_complete $1)
+
+    for completion in $response; do
+        IFS=',' read type value <<< "$completion"
+
+        if [[ $type == 'dir' ]]; then
+            COMPREPLY=()
+            compopt -o dirnames
+        elif [[ $type == 'file' ]]; then
+            COMPREPLY=()
+            compopt -o default
+        elif [[ $type == 'plain' ]]; then
+            COMPREPLY+=($value)
+            [[ $value == *[.=] ]] && compopt -o nospace
+        fi
+    done
+
+    return 0
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+_ZSH: Final = """\
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local -a described whole begun response
+    local type key descr
+    (( ! $+commands[%(prog_name)s] )) && return 1
+
+    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
+%(complete_var)s=zsh_complete %(prog_name)s)}")
+
+    for type key descr in ${response}; do
+        if [[ "$type" == "plain" ]]; then
+            if [[ "$descr" != "_" ]]; then
+                described+=("$key":"$descr")
+            elif [[ "$key" == *[.=] ]]; then
+                begun+=("$key")
+            else
+                whole+=("$key")
+            fi
+        elif [[ "$type" == "dir" ]]; then
+            _path_files -/
+        elif [[ "$type" == "file" ]]; then
+            _path_files -f
+        fi
+    done
+
+    if [ -n "$described" ]; then _describe -V unsorted described -U; fi
+    if [ -n "$whole" ]; then compadd -U -V unsorted -a whole; fi
+    if [ -n "$begun" ]; then compadd -U -V unsorted -S '' -a begun; fi
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
+
+@add_completion_class
+class Bash(BashComplete):
+    """Bash, which takes "=" for a word of its own: what it cut is joined, and what is offered after an
+    "=" lacks what stands before it."""
+
+    source_template = _BASH
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        words, at = split_arg_string(os.environ["COMP_WORDS"]), int(os.environ["COMP_CWORD"])
+        joined: list[str] = []
+        for i, word in enumerate(words[: at + 1]):
+            if joined and (word == "=" or words[i - 1] == "="):
+                joined[-1] += word
+            else:
+                joined.append(word)
+        self._cut = at < len(words) and "=" in words[at - 1 : at + 1]
+        incomplete = joined.pop() if at < len(words) else ""
+        return joined[1:], incomplete
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        found = super().get_completions(args, incomplete)
+        typed = incomplete.partition("=")[2] if incomplete.startswith("-") else incomplete
+        before = "".join(typed.rpartition("=")[:2]) if self._cut else ""
+        for item in found:
+            item.value = item.value.removeprefix(before)
+        return found
+
+
+class _WholeWord(ShellComplete):
+    """A shell that replaces the whole word: what is offered for --option=value starts with --option=."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        found = super().get_completions(args, incomplete)
+        option, equals, _ = incomplete.partition("=")
+        for item in found if equals and option.startswith("-") else ():
+            item.value = f"{option}={item.value}"
+        return found
+
+
+@add_completion_class
+class Zsh(_WholeWord, ZshComplete):
+    """Zsh, with a space less."""
+
+    source_template = _ZSH
+
+
+@add_completion_class
+class Fish(_WholeWord, FishComplete):
+    """Fish, which sets no space behind "." and "=" by itself."""
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script that has a shell complete commands, options, configurations and names.
+    """Print the script that has a shell complete commands, options, configurations, settings and names.
 
     \b
     Example: scholiast completion bash > ~/.local/share/bash-completion/completions/scholiast
@@ -42,6 +172,13 @@ def config_files(
     return [CompletionItem(path) for path in found[:_MOST]] or [
         CompletionItem(incomplete, type="file")
     ]
+
+
+def settings(
+    context: click.Context, option: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offers the keys that may follow --set, a section at a time, and the values of those with few."""
+    return [CompletionItem(one) for one in offered(incomplete, list(_configs()))]
 
 
 def teacher_names(

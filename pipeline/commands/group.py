@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from typing import Any, Final
 
 import click
@@ -25,9 +27,37 @@ EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
     f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()
 )
 MOST_FILES = 65_536
+_MOST_HINTS = 3
 
 
-class ScholiastGroup(click.Group):
+class HintingGroup(click.Group):
+    """Names the commands that may have been meant where there is none of that name."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        known = self.get_command(ctx, name) is not None
+        if not known and not name.startswith("-") and not ctx.resilient_parsing:
+            near = near_commands(name, self.commands)
+            hint = f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
+            ctx.fail(f"No such command {harmless(name)!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def near_commands(name: str, commands: Iterable[str]) -> list[str]:
+    """Returns the commands that a mistyped or shortened name may mean, the likeliest first: one of whose
+    words begins so ("train": train-student), then those spelled much like it, whole or in a word."""
+    given, words = name.lower().replace("_", "-"), dict[str, list[str]]()
+    for one in sorted(commands):
+        for word in dict.fromkeys((one, *one.split("-"))):
+            words.setdefault(word, []).append(one)
+    begun = sorted(word for word in words if given and word.startswith(given))
+    like = difflib.get_close_matches(given, words, _MOST_HINTS, 0.6)
+    return list(dict.fromkeys(one for word in begun or like for one in words[word]))[:_MOST_HINTS]
+
+
+class ScholiastGroup(HintingGroup):
     """Shows errors as one message without a traceback, unless --debug is given."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.commands.group import HintingGroup
 from pipeline.commands.options import (
     dry_run_option,
     json_option,
@@ -50,7 +51,7 @@ def run_task(work: Workspace, task: Task, teachers: Sequence[str], as_json: bool
     tell(as_json, facts, "\n".join(lines))
 
 
-@click.group()
+@click.group(cls=HintingGroup)
 def launch() -> None:
     """Lay a run out over many processes: each does what no other has done.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.commands.completion import config_files
+from pipeline.commands.completion import config_files, settings
 
 if TYPE_CHECKING:
     from pipeline.console import Console
@@ -25,7 +25,7 @@ def common_options(command: F) -> F:
         click.option("--debug", is_flag=True, help="Show tracebacks."),
         click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
         click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=settings,
             help="Lay a value over the configuration, e.g. --set train.lr=3e-4. Repeatable.",
         ),
     ]  # fmt: skip

@@ -56,7 +56,7 @@ def evaluate(
     from pipeline import dry_run as would
     from pipeline.plots import OVERALL
     from pipeline.report import summary
-    from pipeline.report_tables import generation, overall
+    from pipeline.report_tables import generation, overall, several
 
     work, console = open_workspace(config, overrides, quiet, dry_run)
     if dry_run:
@@ -69,7 +69,8 @@ def evaluate(
     table = summary(result)
     console.table(table.headers, table.rows)
     written = {title: found[OVERALL] for title, found in generation(result).items()}
-    for title, more in {"over all domains": overall(result), **written}.items():
+    head = "over all domains" if several(result) else "all held-out figures"
+    for title, more in {head: overall(result), **written}.items():
         click.echo(f"\n{title}")
         console.table(more.headers, more.rows)
     click.echo("\n" + "\n".join(text for text in (table.note, table.verdict) if text))

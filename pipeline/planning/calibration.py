@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache_workspace import CacheWorkspace
+from pipeline.start import machine
 from pipeline.workspace import Workspace
 from stages.model_files import locate, read_config
 from storage import durable
@@ -137,13 +138,4 @@ def device_name(work: CacheWorkspace) -> tuple[str, bool]:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), True
     threads = work.config.threads or torch.get_num_threads()
-    return f"cpu: {_cpu_model()}, {threads} thread{'' if threads == 1 else 's'}", False
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
+    return f"cpu: {machine.cpu()[0]}, {threads} thread{'' if threads == 1 else 's'}", False

@@ -6,6 +6,8 @@ cache that is thrown away; the student takes a few optimizer steps on targets of
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -74,10 +76,18 @@ def measure(work: Workspace, say: Callable[[str], None]) -> list[str]:
             calibration.save(work, {key: task()})
         except torch.OutOfMemoryError:
             untold.append(f"{key} did not fit into this device's memory when it was measured")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _give_back()
     return untold
+
+
+def _give_back() -> None:
+    """Gives the memory of what was measured back, so that it does not count as the next model's: glibc
+    keeps what its threads' arenas have freed, and cannot use it for another thread."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps less, or has none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sample(work: Workspace, count: int) -> TokenBlocks:

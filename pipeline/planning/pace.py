@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from pipeline.cache_workspace import CacheWorkspace
-from pipeline.planning.calibration import Measured, device_name, fitting
+from pipeline.planning.calibration import STUDENT, Measured, device_name, fitting
+from pipeline.start import machine
 
 _EFFICIENCY = 0.3  # of the matrix products' rate that a forward reaches, for a first estimate
 
@@ -18,7 +18,7 @@ class Device:
     """Where the work will run, as far as a plan has to know.
 
     Attributes:
-        flops: its bf16 FLOP/s; None: this machine's, measured for half a second when first needed.
+        flops: its bf16 FLOP/s; None: this machine's, measured for an instant when first needed.
         gpu: whether it is a GPU, of which a CPU's calibration tells nothing.
         any_measured: whether a calibration of any device will do, and not only of this machine's.
     """
@@ -29,10 +29,10 @@ class Device:
 
 
 class Pace:
-    """Tokens a second of teachers and student; this device's rate is asked for at most once."""
+    """Tokens a second of teachers and student."""
 
     def __init__(self, work: CacheWorkspace, device: Device) -> None:
-        self._work, self._device, self._rate = work, device, device.flops
+        self._work, self._device = work, device
         self._name: str | None = None
 
     def measured(self, key: str) -> Measured | None:
@@ -57,32 +57,18 @@ class Pace:
         found = self.measured(key)
         if found is not None:
             return found.tokens_per_s, MEASURED
-        return self.rate() * _EFFICIENCY / max(flops_of_a_token, 1.0), ESTIMATE
+        return self.rate(key) * _EFFICIENCY / max(flops_of_a_token, 1.0), ESTIMATE
 
-    def rate(self) -> float:
-        """Returns the device's bf16 FLOP/s."""
-        if self._rate is None:
-            self._rate = measure_flops(self._work.config.device)
-        return self._rate
+    def rate(self, key: str) -> float:
+        """Returns the device's FLOP/s in the precision of a model: of a CPU without bf16 units the two
+        differ by a factor of fifty."""
+        if self._device.flops is not None:
+            return self._device.flops
+        from stages.device import choose_device  # which loads torch
 
-
-def measure_flops(device_name: str) -> float:
-    """Returns the device's bf16 matrix-product rate in FLOP/s, measured for half a second."""
-    import torch
-
-    from stages.device import choose_device
-
-    device = choose_device(device_name)
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).bfloat16()
-    count, elapsed = 0, 0.0
-    a @ a
-    start = time.perf_counter()
-    while elapsed < 0.5:
-        for _ in range(4):
-            a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        count += 4
-        elapsed = time.perf_counter() - start
-    return 2.0 * n**3 * count / elapsed
+        config = self._work.config
+        if key == STUDENT:
+            bf16 = config.train.precision == "bf16"
+        else:
+            bf16 = config.teachers[key.removeprefix("teachers.")].dtype == "bfloat16"
+        return machine.rate(str(choose_device(config.device)), bf16)

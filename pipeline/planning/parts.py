@@ -6,6 +6,7 @@ A part is the unit of work: what a kill may cost, what a task takes at a time, o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from pipeline.planning.pace import Device, Pace
 from pipeline.planning.shapes import teacher_shape
 from stages.corpus_identity import WIDTH, recorded_width
 from stages.documents import source_files
+from stages.options import SourceOptions
+from storage.corpus_info import CorpusInfo
 from storage.errors import ConfigError
 from storage.layout import Layout
 
@@ -36,7 +39,38 @@ def estimate_tokens(work: CacheWorkspace) -> int:
         ConfigError: a source is on the hub, and its size not known.
         CorpusError: a source is not there.
     """
-    size = 0
+    return int(sum(size for _, size in _sizes(work)) / _BYTES_PER_TEXT_TOKEN)
+
+
+def estimate_train_tokens(work: CacheWorkspace) -> int:
+    """Returns a guess at how many of them are trained on, and not held out.
+
+    Raises:
+        ConfigError, CorpusError: as `estimate_tokens`.
+    """
+    kept = (
+        size * (1.0 - source.heldout) for source, size in _sizes(work) if source.split == "train"
+    )
+    return int(sum(kept) / _BYTES_PER_TEXT_TOKEN)
+
+
+def training_steps(work: CacheWorkspace, info: CorpusInfo | None) -> tuple[int, bool]:
+    """Returns (the optimizer steps of a student, whether that is an estimate): exact where the corpus is
+    packed or the steps are given.
+
+    Raises:
+        ConfigError, CorpusError: as `estimate_tokens`.
+    """
+    train, length = work.config.train, work.config.corpus.block_length
+    if info is not None:
+        return train.steps_over(sum(count for _, count in info.ranges("train"))), False
+    if train.steps is not None:
+        return train.steps, False
+    return train.steps_over(max(1, math.ceil(estimate_train_tokens(work) / length))), True
+
+
+def _sizes(work: CacheWorkspace) -> Iterator[tuple[SourceOptions, int]]:
+    """Yields each source and the bytes of its files."""
     for i, source in enumerate(work.config.corpus.sources):
         if source.format == "hub":
             raise ConfigError(
@@ -46,10 +80,11 @@ def estimate_tokens(work: CacheWorkspace) -> int:
             )  # fmt: skip
         built = SIZES[work.config.assets] if work.config.assets else None
         if built and source.domain in built.train and not Path(source.path).exists():
-            size += (built.heldout if source.split == "heldout" else built.train)[source.domain]
+            split = built.heldout if source.split == "heldout" else built.train
+            yield source, split[source.domain]
         else:
-            size += sum(p.stat().st_size for p in source_files(source, f"corpus.sources.{i}"))
-    return int(size / _BYTES_PER_TEXT_TOKEN)
+            files = source_files(source, f"corpus.sources.{i}")
+            yield source, sum(path.stat().st_size for path in files)
 
 
 def width_of(work: CacheWorkspace, pace: Pace) -> int:

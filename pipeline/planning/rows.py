@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config import BASELINE, FUSED
 from pipeline.planning.calibration import STUDENT
 from pipeline.planning.pace import MEASURED, Device, Pace
-from pipeline.planning.parts import estimate_tokens, layout_of, width_of
+from pipeline.planning.parts import estimate_tokens, layout_of, training_steps, width_of
 from pipeline.planning.shapes import Shape, student_shape, teacher_shape
 from pipeline.planning.sizes import bytes_by_array
-from pipeline.status import newest_step
+from pipeline.status import newest_step, steps_of
 from pipeline.workspace import Workspace
 from stages.part_log import measured
 from stages.teacher_jobs import TeacherJob, stored
@@ -37,6 +37,7 @@ class PlanRow:
         basis: where size and time come from.
         arrays: of a teacher: bytes of each array when finished.
         bytes_left: of `size_bytes`, what is not there yet.
+        estimated: whether `total` is, the corpus not being packed yet.
     """
 
     step: str
@@ -47,6 +48,7 @@ class PlanRow:
     basis: str
     arrays: Mapping[str, float] = field(default_factory=dict)
     bytes_left: float = 0.0
+    estimated: bool = False
 
 
 def make_plan(
@@ -56,7 +58,7 @@ def make_plan(
     Runs nothing.
 
     Args:
-        rate: bf16 FLOP/s of the device; measured for half a second if not given and needed.
+        rate: bf16 FLOP/s of the device; measured for an instant if not given and needed.
         pace: in place of the rate.
 
     Raises:
@@ -79,8 +81,10 @@ def make_plan(
         if name in known:
             rows.append(_known_teacher(work, known[name], pace))
         else:
-            rows.append(_new_teacher(work, name, tokens, parts, pace))
-    rows += _student_rows(work, info, tokens, pace)
+            rows.append(
+                replace(_new_teacher(work, name, tokens, parts, pace), estimated=info is None)
+            )
+    rows += _student_rows(work, info, pace)
     return rows, facts
 
 
@@ -92,7 +96,7 @@ def _corpus_row(work: Workspace, info: CorpusInfo | None, tokens: int, parts: in
     whole = CORPUS_BYTES * tokens
     left = whole * max(0.0, 1.0 - done / max(1, parts))
     basis = "estimate from file sizes"
-    return PlanRow("prepare corpus", done, parts, whole, tokens / _PREPARED, basis, {}, left)
+    return PlanRow("prepare corpus", done, parts, whole, tokens / _PREPARED, basis, {}, left, True)
 
 
 def _known_teacher(work: Workspace, job: TeacherJob, pace: Pace) -> PlanRow:
@@ -153,19 +157,18 @@ def _of(sampled: int, parts: int) -> str:
     return "" if sampled == parts else f"; size from {sampled:,} of {parts:,} parts"
 
 
-def _student_rows(
-    work: Workspace, info: CorpusInfo | None, tokens: int, pace: Pace
-) -> list[PlanRow]:
+def _student_rows(work: Workspace, info: CorpusInfo | None, pace: Pace) -> list[PlanRow]:
     config, rows = work.config, []
-    train = sum(n for _, n in info.ranges("train")) * info.block_length if info else tokens
     step_tokens = config.train.batch_blocks * config.train.accumulate * config.corpus.block_length
-    steps = config.train.steps or math.ceil(train * (config.train.epochs or 1) / step_tokens)
+    steps, estimated = training_steps(work, info)
     shape = student_shape(work)
     for name in [FUSED, *([BASELINE] if config.train.baseline else [])]:
         folder = config.run / "students" / name
         there = tree_bytes(folder)
-        if (folder / "model" / "scholiast.json").exists():
-            rows.append(PlanRow(f"train {name}", steps, steps, there, None, "done"))
+        exported = folder / "model" / "scholiast.json"
+        if exported.exists():
+            trained = steps_of(exported)
+            rows.append(PlanRow(f"train {name}", trained, trained, there, None, "done"))
             continue
         done = newest_step(folder)
         seconds, size, basis = None, 0.0, "model not here yet"
@@ -175,5 +178,7 @@ def _student_rows(
             saved = 4.0 * shape.parameters + 8.0 * shape.trainable
             size = saved * config.train.keep_checkpoints + 4.0 * shape.parameters
         left = max(0.0, size - there)
-        rows.append(PlanRow(f"train {name}", done, steps, size, seconds, basis, {}, left))
+        rows.append(
+            PlanRow(f"train {name}", done, steps, size, seconds, basis, {}, left, estimated)
+        )
     return rows

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from pipeline.console import Console, duration, human_bytes
+from pipeline.console import Console, about, duration, human_bytes
+from pipeline.planning.calibration import STUDENT
 
 
 def show_plan(console: Console, plan: dict[str, Any]) -> None:
     """Prints a plan from `whole_plan`: steps, arrays, memory, parts, warnings."""
-    about = "about " if plan["estimated"] else ""
+    told = about(plan["tokens"], plan["estimated"])
     click.echo(
-        f"{about}{plan['tokens']:,} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
+        f"{told} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
         f"{plan['parts']:,} parts of {plan['blocks_per_part']:,} blocks\n"
     )
     _steps(console, plan)
@@ -37,7 +39,8 @@ def _steps(console: Console, plan: dict[str, Any]) -> None:
     rows = []
     for step in plan["steps"]:
         row = [
-            step["step"], f"{step['done']:,}", f"{step['total']:,}", human_bytes(step["size_bytes"]),
+            step["step"], f"{step['done']:,}", about(step["total"], step["estimated"]),
+            human_bytes(step["size_bytes"]),
             "–" if step["seconds"] is None else duration(step["seconds"]),
             "–" if step["hours"] is None else _hours(step["hours"]),
         ]  # fmt: skip
@@ -74,16 +77,39 @@ def _memory(console: Console, plan: dict[str, Any]) -> None:
     device = plan["device"]
     there = "" if device["memory_bytes"] is None else f" of {human_bytes(device['memory_bytes'])}"
     click.echo(f"\npeak memory on {device['name']}{there}")
-    rows = []
-    for peak in plan["memory"]:
-        terms = ", ".join(f"{name} {human_bytes(size)}" for name, size in peak["terms"].items())
-        measured = peak["measured"]
-        shared = f" ({peak['ranks']} pieces)" if peak["ranks"] > 1 else ""
-        rows.append([
-            f"{peak['what']}{shared}", human_bytes(peak["bytes"]),
-            "–" if measured is None else human_bytes(measured), f"{peak['moment']}: {terms}",
-        ])  # fmt: skip
-    console.table(["model", "estimate", "measured", "of which, when largest"], rows, left=(0, 3))
+    teachers = [peak for peak in plan["memory"] if peak["what"] != STUDENT]
+    for stage, peaks in (
+        ("stage one", teachers),
+        ("stage two", [peak for peak in plan["memory"] if peak["what"] == STUDENT]),
+    ):
+        if peaks:
+            _terms(console, stage, peaks, device["gpu"])
+
+
+def _terms(console: Console, stage: str, peaks: Sequence[dict[str, Any]], gpu: bool) -> None:
+    """Prints a row a term, a column a model; the largest first, then what they come to, and of a GPU
+    when that is."""
+    shared = [f" ({peak['ranks']} pieces)" if peak["ranks"] > 1 else "" for peak in peaks]
+    names = [peak["what"].removeprefix("teachers.") for peak in peaks]
+    largest: dict[str, int] = {}
+    for peak in peaks:
+        for term, size in peak["terms"].items():
+            largest[term] = max(size, largest.get(term, 0))
+    rows = [
+        [term, *(human_bytes(p["terms"][term]) if term in p["terms"] else "–" for p in peaks)]
+        for term in sorted(largest, key=lambda term: -largest[term])
+    ]
+    rows.append(["in all, estimated", *(human_bytes(peak["bytes"]) for peak in peaks)])
+    if any(peak["measured"] is not None for peak in peaks):
+        sizes = [peak["measured"] for peak in peaks]
+        rows.append(
+            ["in all, measured", *("–" if size is None else human_bytes(size) for size in sizes)]
+        )
+    if gpu:
+        rows.append(["at its largest", *(peak["moment"] for peak in peaks)])
+    headers = [name + pieces for name, pieces in zip(names, shared, strict=True)]
+    click.echo()
+    console.table([stage, *headers], rows)
 
 
 def _parts(console: Console, plan: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.launch.options import Resources
@@ -20,6 +19,7 @@ from pipeline.planning.pace import Device, Pace
 from pipeline.planning.parts import layout_of, tasks_for
 from pipeline.planning.rows import PlanRow, make_plan
 from pipeline.planning.shapes import student_shape, teacher_shape
+from pipeline.start import machine
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError
 
@@ -96,20 +96,7 @@ def _here(gpu: bool) -> tuple[int, int | None]:
         import torch
 
         return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
-    return 1, _host_memory()
-
-
-def _host_memory() -> int | None:
-    """Returns the machine's memory, or what this process's control group may have of it."""
-    sizes = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemTotal:"):
-                sizes.append(int(line.split()[1]) * 1024)
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # not Linux, or no limit ("max")
-        pass
-    return min(sizes) if sizes else None
+    return 1, machine.memory_bytes()
 
 
 def _resources(work: Workspace, name: str) -> Resources:

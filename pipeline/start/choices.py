@@ -5,6 +5,7 @@ Each choice is a rule of thumb, said in the comment beside it; everything can be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.console import human_bytes
 from pipeline.start.machine import Machine
 from pipeline.start.models import ModelFacts, human_count
 from pipeline.start.sources import Found
+from stages.train_options import TrainOptions
 from storage.errors import ConfigError
 
 _LONGEST = {"cuda": 2048, "cpu": 512}  # tokens of a block, if contexts and text allow
@@ -59,6 +61,12 @@ class Job:
     def tokens(self) -> int:
         """Of all training sources, about."""
         return sum(found.tokens for found, _ in self.sources if found.options.split == "train")
+
+    @property
+    def train_tokens(self) -> float:
+        """Of those, what is not held out, about."""
+        train = ((f, share) for f, share in self.sources if f.options.split == "train")
+        return sum(found.tokens * (1.0 - share) for found, share in train)
 
     @property
     def models(self) -> list[ModelFacts]:
@@ -184,7 +192,8 @@ def compose(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
     cut = batches(job, length, precision)
     rate, why = learning_rate(job)
     step = cut.blocks * cut.accumulate * length
-    steps = max(1, job.tokens * epochs(job) // step)
+    cutting = TrainOptions(epochs=epochs(job), batch_blocks=cut.blocks, accumulate=cut.accumulate)
+    steps = cutting.steps_over(max(1, math.ceil(job.train_tokens / length)))
     every = max(10, min(500, steps // 6))
     prompt = min(48, length // 4)
     teachers = {name: _teacher(facts, job, length) for name, facts in job.teachers.items()}

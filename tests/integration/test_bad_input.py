@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -254,8 +255,16 @@ def test_moved_splits_are_another_run(lab: Lab, cli: Cli) -> None:
 
 @pytest.mark.after("train-student")
 def test_student_of_other_settings_is_not_evaluated(lab: Lab, cli: Cli) -> None:
-    other = lab.write(loss__alpha=1.0)
-    refused(cli("evaluate", other), "another run", "loss.alpha=0.9", "loss.alpha=1.0")
+    """What was given with --set to the training must be given again: the message says what to type."""
+    other = lab.write(loss__alpha=1.0, train__lr=1.0)
+    ended = cli("evaluate", other)
+    refused(ended, "a student of other settings", "loss.alpha=1.0; train.lr=1.0, as given now",
+            "loss.alpha=0.9; train.lr=0.003, as it was trained",
+            "--set loss.alpha=0.9 --set train.lr=0.003")  # fmt: skip
+    typed = ended.output.partition("trained with: ")[2].partition(", or name")[0]
+    assert cli("evaluate", other, "--dry-run", *shlex.split(typed)).exit_code == 0
+    baseline = cli("evaluate", lab.write(), "--set", "train.baseline=true")
+    refused(baseline, "'cross_entropy' has not been trained", "trained here: fused")
 
 
 @pytest.mark.after("cache-teachers")

@@ -17,6 +17,8 @@ from readme_blocks import readme_blocks
 from test_stream import same
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from stages.batches import count_segments
+
 README = Path(__file__).resolve().parents[2] / "pipeline/api/README.md"
 TRAIN = yaml.safe_load(readme_blocks(README, "yaml", "In other trainers")[0].text)["train"]
 STEPS = TRAIN["steps"]
@@ -197,6 +199,38 @@ def test_evaluation_is_the_batches_own_mean_and_keeps_the_model_as_it_is(lab: La
     assert (
         len(model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=2, max_new_tokens=2)[0]) == 5
     )
+
+
+def test_two_processes_would_have_the_gradient_of_one(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic alone: the other process's counts stand in for the exchange, and DDP's mean is taken
+    here. Two processes with a batch each have what one has of both batches."""
+    cache = scholiast.open_cache(lab.write())
+    batches = [scholiast.collate([one]) for one in cache.dataset(seed=0, samples=4)]
+
+    def gradient(of: list[Any], others: list[Any]) -> torch.Tensor:
+        """Returns one process's gradient of a step, before any is averaged."""
+        trainer = trainer_of(
+            scholiast.DistillationLoss(cache), student(lab.root / "student"), tmp_path
+        )
+        theirs, spans = [batch["loss_mask"] for batch in others], cache.segments
+        counts = [sum(int(m.sum()) for m in theirs), sum(count_segments(m, spans) for m in theirs)]
+        if others:
+            monkeypatch.setattr(type(trainer), "_processes", 2)
+            monkeypatch.setattr(
+                trainer.accelerator, "reduce", lambda ours, _: ours + torch.tensor(counts)
+            )
+        _, rows = trainer.get_batch_samples(iter(of), len(of), torch.device("cpu"))
+        trainer.model.train()
+        for batch in of:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=rows).backward()
+        monkeypatch.undo()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    whole = gradient(batches, [])
+    averaged = (gradient(batches[:1], batches[1:]) + gradient(batches[1:], batches[:1])) / 2
+    assert torch.allclose(averaged, whole, rtol=1e-5, atol=1e-8) and whole.norm() > 0.01
 
 
 def test_hidden_states_give_the_models_losses_and_gradients(lab: Lab) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import stages.checkpoint
+from pipeline.config import merged
 from stages.checkpoint import (
     Checkpoints,
     checkpoint_of,
@@ -20,6 +23,7 @@ from stages.checkpoint import (
 )
 from stages.checkpoint_pieces import PieceWriter
 from stages.ranks import Ranks
+from stages.run import settings_of
 from stages.stream import shared_out
 from storage import durable
 from storage.errors import CheckpointError, ConfigError, DiskFull
@@ -167,3 +171,30 @@ def test_what_a_kill_has_left_makes_room_first(
     )
     saved(tmp_path, 8)
     assert left == [[]] and steps_in(tmp_path) == [8]
+
+
+def test_other_settings_are_told_as_options(tmp_path: Path) -> None:
+    """What a shell and the configuration make of them is what the other run was trained with."""
+    now = {
+        "corpus": "c0ffee", "student": {"files": {"config.json": "ab"}, "keep_layers": [0, 2]},
+        "loss": {"alpha": 0.9, "divergence": "forward_kl"},
+        "train": {"steps": 6, "epochs": None, "seed": 1}, "fusion": {"static": {"one": 0.5}},
+    }  # fmt: skip
+    then: dict[str, Any] = json.loads(json.dumps(now))
+    then["student"]["keep_layers"] = [0, 1]
+    then["loss"]["divergence"], then["train"] = (
+        "reverse_kl",
+        {"steps": None, "epochs": 3, "seed": 1},
+    )
+    then["fusion"]["static"] = None
+    options = settings_of(now, then)
+    words = shlex.split(" ".join(options))
+    assert words[::2] == ["--set"] * 5
+    (tmp_path / "x.yaml").write_text(json.dumps(now))
+    laid = merged(tmp_path / "x.yaml", words[1::2])
+    assert laid == then
+    for key, value in (("corpus", "decaf"), ("student", {**then["student"], "files": {}})):
+        assert settings_of(now, {**then, key: value}) == [], "more than settings differs"
+    assert settings_of(now, {**then, "train": {"steps": 6, "epochs": None}}) == [], (
+        "of a version without such a key"
+    )

@@ -16,6 +16,7 @@ from conftest import Lab
 
 from pipeline.cli import main
 from pipeline.commands.group import EXIT_CODES
+from pipeline.commands.setting_keys import offered
 from pipeline.error_catalogue import classes
 from storage import errors
 
@@ -115,19 +116,46 @@ def test_wrong_usage_is_two(cli: Callable[..., Any], tmp_path: Path) -> None:
         assert cli(*words).exit_code == 2
 
 
-def completed(line: str, folder: Path) -> list[str]:
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("train", "'train-student'"), ("trian-student", "'train-student'"),
+    ("Cache_Teachers", "'cache-teachers'"), ("cache", "'cache-teachers' or 'export-cache'"),
+    ("teachers", "'cache-teachers'"), ("eval", "'evaluate'"), ("reprot", "'report'"),
+    ("launch slrum", "'slurm'"),
+])  # fmt: skip
+def test_a_mistyped_or_shortened_command_gets_a_hint(
+    typed: str, meant: str, cli: Callable[..., Any]
+) -> None:
+    ended = cli(*typed.split(), "my.yaml")
+    word = typed.split()[-1]
+    assert ended.exit_code == 2
+    assert f"Error: No such command {word!r}. Did you mean {meant}" in ended.output
+
+
+def test_a_command_like_none_gets_no_hint(cli: Callable[..., Any]) -> None:
+    for typed in ("zzz", "--no-such", ""):
+        ended = cli(typed, "my.yaml")
+        assert ended.exit_code == 2 and "Did you mean" not in ended.output
+
+
+def completed(line: str, folder: Path, shell: str = "zsh") -> list[str]:
     """Returns what a shell is offered for the last word of a line."""
-    words = line.split(" ")
+    words = (
+        line.replace("=", " = ").removesuffix(" ") if shell == "bash" else line
+    )  # as it cuts them
+    count = len(words.split(" ")) - 1
     environment = {
-        **os.environ, "_SCHOLIAST_COMPLETE": "bash_complete", "COMP_WORDS": line,
-        "COMP_CWORD": str(len(words) - 1), "PYTHONPATH": str(TOP),
+        **os.environ, "_SCHOLIAST_COMPLETE": f"{shell}_complete", "COMP_WORDS": words,
+        "COMP_CWORD": words.split(" ")[-1] if shell == "fish" else str(count), "PYTHONPATH": str(TOP),
     }  # fmt: skip
     call = "import sys; sys.argv = ['scholiast']; from pipeline.cli import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", call], cwd=folder, env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    return [word.split(",", 1)[1] for word in shown.stdout.split()]
+    if shell == "zsh":  # a line each of type, value, description
+        return shown.stdout.splitlines()[1::3]
+    told = [line.split(",", 1)[1] for line in shown.stdout.splitlines() if line]
+    return [one.split("\t")[0] for one in told]  # fish has the meaning behind it
 
 
 def test_a_shell_completes_commands_configurations_and_names(lab: Lab) -> None:
@@ -145,6 +173,106 @@ def test_a_shell_completes_commands_configurations_and_names(lab: Lab) -> None:
         "cross_entropy", "fused", "other",
     ]  # fmt: skip
     assert "--dry-run" in completed("scholiast prepare mine.yaml --d", lab.root)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_what_follows_set(shell: str, lab: Lab) -> None:
+    lab.write("mine.yaml", run_dir="run")
+
+    def offered(typed: str) -> list[str]:
+        return completed(f"scholiast plan mine.yaml {typed}", lab.root, shell)
+
+    before = {"bash": "", "zsh": "train.precision=", "fish": "train.precision="}[shell]
+    option = {"bash": "", "zsh": "--set=", "fish": "--set="}[shell]
+    assert offered("--set tra") == ["train."]
+    assert offered("--set train.pre") == ["train.precision="]
+    assert offered("--set teachers.") == ["teachers.one.", "teachers.two."]
+    assert offered("--set train.precision=") == [f"{before}{w}" for w in ("auto", "bf16", "fp32")]
+    assert offered("--set train.lr=1 --set train.precision=b") == [f"{before}bf16"]
+    assert offered("--set=train.precision=b") == [f"{option}{before}bf16"]
+    assert offered("--set train.lr=1 --qui") == ["--quiet"]
+    assert offered("--set train.lr=") == []
+
+
+def test_every_key_is_offered_after_set() -> None:
+    """Walks from section to section, as a user does, and finds what the reference lists."""
+    from pipeline.reference import rows
+
+    configs = [{"teachers": {"NAME": {}}}]
+    found, sections = set[str](), [""]
+    while sections:
+        for one in offered(sections.pop(), configs):
+            if one.endswith("."):
+                sections.append(one)
+            else:
+                found.add(one.removesuffix("="))
+    listed = {key for key, *_ in rows()}
+    assert len(listed) > 100 and listed - {"fusion.static", "fusion.prior"} <= found
+    assert {"fusion.static.NAME", "teachers.NAME.dtype", "corpus.sources.0.path"} <= found
+
+
+def test_values_and_items_are_offered_after_set() -> None:
+    configs = [{"corpus": {"sources": [{}, {}]}}, "not a mapping", {"teachers": [1]}]
+    assert offered("train.baseline=", configs) == ["train.baseline=true", "train.baseline=false"]
+    assert offered("loss.features.pairs=", configs) == ["loss.features.pairs=auto"]
+    assert offered("assets=demo-", configs) == ["assets=demo-large"]
+    assert offered("corpus.sources.", configs) == ["corpus.sources.0.", "corpus.sources.1."]
+    for none in (
+        "teachers.",
+        "train.lr=",
+        "no.such.key",
+        "no.such=",
+        "train.lr.",
+        "=",
+        "..",
+        "run=",
+    ):
+        assert offered(none, configs) == []
+
+
+def test_completing_a_setting_loads_no_models(lab: Lab) -> None:
+    lab.write("mine.yaml")
+    code = (
+        "import os, sys\nsys.argv = ['scholiast']\nfrom pipeline.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([one for one in ('torch', 'pydantic', 'numpy') if one in sys.modules])"
+    )
+    environment = {
+        **os.environ, "_SCHOLIAST_COMPLETE": "bash_complete", "COMP_CWORD": "4",
+        "COMP_WORDS": "scholiast plan mine.yaml --set teachers.", "PYTHONPATH": str(TOP),
+    }  # fmt: skip
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=lab.root, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert shown.stdout.split() == ["plain,teachers.one.", "plain,teachers.two.", "[]"]
+
+
+def test_bash_sets_no_space_behind_what_goes_on(lab: Lab) -> None:
+    """The script itself in a bash, the function called as readline would."""
+    lab.write("mine.yaml")
+    program = lab.root / "bin/scholiast"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom pipeline.cli import main\nmain()\n")
+    program.chmod(0o755)
+    script = """
+        source <(scholiast completion bash)
+        compopt() { echo "$1 $2"; }
+        COMP_WORDS=(scholiast plan mine.yaml --set "$1"); COMP_CWORD=4
+        _scholiast_completion scholiast; echo "${COMPREPLY[*]}"
+    """
+    path = f"{program.parent}:{os.environ['PATH']}"
+
+    def replies(word: str) -> list[str]:
+        shown = subprocess.run(
+            ["bash", "-c", script, "bash", word], cwd=lab.root, capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHONPATH": str(TOP), "PATH": path},
+        )  # fmt: skip
+        return shown.stdout.splitlines()
+
+    assert replies("train.pre") == ["-o nospace", "train.precision="]
+    assert replies("tra") == ["-o nospace", "train."]
+    assert replies("train.none") == [""]
 
 
 @pytest.mark.parametrize(("shell", "mark"), [

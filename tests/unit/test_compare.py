@@ -41,6 +41,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+def test_of_one_domain_there_is_no_overall(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, complete(measured(name, domains=("prose",)))) for name in "ab"
+    ]
+    (group,) = compare(read_runs(folders)).groups
+    assert group.table.headers[2] == "perplexity\nprose" and not group.several
+    assert "overall" not in "".join(group.table.headers)
+    other = write_run(tmp_path / "c", measured("c", domains=("code",)))
+    (group,) = compare(read_runs([folders[0], other])).groups
+    assert group.table.headers[2:5] == [f"perplexity\n{d}" for d in ("prose", "code", "overall")]
+
+
 def test_each_model_of_a_corpus_stands_once(runs: list[Path]) -> None:
     rows = rows_of(read_runs(runs[:2]))
     found = [(row.kind, row.line.label, row.runs) for row in rows]

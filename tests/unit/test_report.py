@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import curves, plots, report
+from pipeline import curves, plots, report, report_tables
 from pipeline.plots import Line
 from pipeline.report import summary, write_report
 from storage.errors import CorruptShard, IncompleteCache
@@ -209,6 +209,25 @@ def test_text_shows_the_numbers(written: dict[str, str], kind: str, shown: str) 
     assert shown in (Page(written[kind]).text if kind == "html" else written[kind])
 
 
+def test_of_one_domain_figures_are_shown_once(tmp_path: Path) -> None:
+    """Overall said the same again, in every table."""
+    measured = complete(evaluation(domains=("prose",)))
+    paths = write_report(write_run(tmp_path, measured))
+    html, markdown = Page(paths["html"].read_text()).text, paths["md"].read_text()
+    assert summary(measured).headers[:2] == ["model", "perplexity\nprose"]
+    assert "overall" not in "".join(summary(measured).headers)
+    assert [*report_tables.by_metric(measured)] == [] and report_tables.overall(measured).rows
+    for text in (html.replace("\u2011", "-"), markdown):
+        assert text.count("All held-out figures") == 1 and text.count("Generation quality") == 1
+        assert "accuracy, by domain" not in text and "By domain" not in text
+        assert "tokens of all domains" not in text
+    for shown in ("0.987", "12.3", "5.4", "4,321"):
+        assert shown in html and shown in markdown
+    written = markdown.partition("## Generation quality")[2].partition("\n## ")[0]
+    assert written.count("| generalist |") == 2, "greedy and sampled, and not by domain as well"
+    assert json.loads(paths["json"].read_text())["fused"].keys() == {"prose", "overall"}
+
+
 def test_html_escapes_what_comes_from_data_and_asks_for_nothing(written: dict[str, str]) -> None:
     page = Page(written["html"])
     assert not {"link", "img", "iframe"} & set(page.tags)
@@ -318,10 +337,10 @@ def test_summary_has_a_row_per_model_and_a_column_per_domain(domains: int, teach
         *names, "fused ensemble", "student before",
         "student, fused teachers", "student, cross-entropy only",
     ]  # fmt: skip
-    assert len(table.headers) == COLUMNS + domains + 1
+    assert len(table.headers) == COLUMNS + domains + (domains > 1)  # overall
     assert {len(r) for r in table.rows} == {len(table.headers)}
-    assert table.rows[0][1:] == ["12.18"] * (domains + 1) + ["–", "–"]
-    assert table.rows[-2][1:] == ["20.09"] * (domains + 1) + ["1.234", "31.4"]
+    assert table.rows[0][1:] == ["12.18"] * (domains + (domains > 1)) + ["–", "–"]
+    assert table.rows[-2][1:] == ["20.09"] * (domains + (domains > 1)) + ["1.234", "31.4"]
 
 
 @pytest.mark.parametrize(

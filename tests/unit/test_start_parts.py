@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,9 @@ from pipeline.start.passages import as_rows, passages
 from pipeline.start.sources import Found, count_tokens, find, parse, sides
 from pipeline.start.writing import render
 from stages.layer_pairs import at_depth
-from stages.model_files import parameters_of, present
+from stages.model_files import locate, parameters_of, present
 from stages.options import SourceOptions
-from storage.errors import ConfigError, CorpusError
+from storage.errors import ConfigError, CorpusError, TeacherError
 
 # -- passages
 
@@ -261,6 +262,8 @@ def test_what_is_composed_is_a_configuration(machine: Machine, tokens: int) -> N
         assert run.teachers["a"].dtype == ("bfloat16" if machine.fast_bf16 else "float32")
         assert run.teachers["a"].feature_layers == (23,) and at_depth(23, 24, 3) == 3
         assert run.corpus.append_eos is changes.get("ends", True)
+        blocks = math.ceil(0.99 * tokens / run.corpus.block_length)  # a hundredth is held out
+        assert f"about {run.train.steps_over(blocks):,} steps" in comments["train.epochs"]
         assert run.evaluate.prompt_tokens + run.evaluate.new_tokens < run.corpus.block_length
 
 
@@ -299,6 +302,52 @@ def test_a_model_is_here_when_all_its_shards_are(
     assert not present("org/m", None)
     (snapshot / "model-2.safetensors").write_bytes(b"")
     assert present("org/m", None)
+
+
+@pytest.mark.parametrize(("named", "told"), [
+    ("models/techer", "did you mean models/teacher?"),
+    ("./models/techer", "did you mean ./models/teacher?"),
+    ("models/techer/", "did you mean models/teacher?"),
+    ("models/quite-other", "did you mean models/small or models/teacher?"),
+    ("teacher", "give a folder that holds config.json"),
+    ("nowhere/at/all", "there is no nowhere/at either, only .: give a folder"),
+    ("~/models/techer", "did you mean ~/models/teacher?"),
+    ("~/models/teacher", "write it out, since ~ is the shell's to expand: "),
+    ("https://huggingface.co/org/m", "give a hub model's name alone: org/model"),
+])  # fmt: skip
+def test_a_mistyped_folder_is_not_asked_of_the_hub(
+    named: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "small"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text("{}")
+    (tmp_path / "models/techers").mkdir()  # no model
+    with pytest.raises(TeacherError, match="no such model folder") as raised:
+        locate(named, None, "--teacher x")
+    assert told in raised.value.todo and raised.value.found == named
+    hub = f"run `hf download {named}` first"
+    assert (hub in raised.value.todo) == (named in ("models/techer", "models/quite-other"))
+
+
+def test_a_hub_name_is_one_though_a_folder_is_called_like_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "found")
+    monkeypatch.chdir(tmp_path)
+    assert locate("org/m", None, "k") == Path("found")
+    (tmp_path / "org").mkdir()
+    with pytest.raises(TeacherError, match="no such model folder"):
+        locate("org/m", None, "k")
+    (tmp_path / "hub/models--org--m").mkdir(parents=True)
+    assert locate("org/m", None, "k") == Path("found")
 
 
 # -- checks

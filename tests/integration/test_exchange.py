@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scholiast
+import torch
 from capture_files import (
     Document,
     K,
@@ -404,7 +406,7 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     config = lab.write(fusion__weights="max_prob")
     work = lab.workspace(fusion__weights="max_prob")
     work.prepare()
-    layout = {**EXACT, "d": lab.vocab_size}
+    layout = {**EXACT, "d": lab.vocab_size, "k": 6, "exact_k": 6}  # fewer than our own store.k
     path = write_distillkit(tmp_path / "capture", documents(lab.root / "run/corpus"), layout)
     imported = cli(
         "import", config, "--teacher", "big", "--from", path, "--format", "distillkit", "-q"
@@ -420,6 +422,18 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     assert big["perplexity"] is None and big["entropy"] is None and big["accuracy"] > 0.3
     assert one["perplexity"] > 1 and figures["fused"]["overall"]["perplexity"] is None
     assert "big" not in figures["teacher_models"] and "NaN" not in json.dumps(figures)
+    targets = []
+    for on_device in (False, True):
+        reader = lab.workspace(fusion__weights="max_prob").batch_reader(on_device=on_device)
+        batch = reader.ready(reader.read(np.array([0, 2])), torch.device("cpu"))
+        assert batch.target is not None and batch.target.ids.shape[::2] == (2, 8)
+        targets.append(batch.target)
+    for name in ("ids", "logp", "p", "tail", "weights"):
+        assert torch.equal(*(getattr(target, name) for target in targets)), name
+    assert [set(row) for row in (targets[0].p > 0).sum(-1).tolist()] == [{6}, {8}]
+    opened = scholiast.open_cache(config)
+    found = opened.targets(scholiast.collate([opened.dataset()[i] for i in (0, 2)]))
+    assert opened.k == found.ids.shape[-1] == 8
     for changes, word in (
         ({"fusion__weights": "entropy"}, "does not hold entropy"),
         ({"fusion__weights": "min_ce"}, "does not hold gold_logprob"),

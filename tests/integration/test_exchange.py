@@ -447,6 +447,43 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
         lab.workspace(teachers__big__feature_layers=[2]).finished_jobs()
 
 
+def test_draws_count_where_every_fused_cache_has_some(lab: Lab, cli: Cli, tmp_path: Path) -> None:
+    lab.config["teachers"] = {"one": {"model": f"{lab.root}/a"}, "big": {"model": "nowhere/large"}}
+    lab.config["corpus"]["blocks_per_part"] = 30
+    lab.config["store"] |= {"k": 6, "draws": 4}
+    lab.config["loss"] = {"chunk_tokens": 16}
+    config = lab.write(fusion__weights="uniform")
+    lab.workspace(fusion__weights="uniform").prepare()
+    path = write_lines(tmp_path / "a.jsonl", vllm_lines(documents(lab.root / "run/corpus"), 4))
+    imported = cli("import", config, "--teacher", "big", "--from", path, "--format", "vllm", "-q")
+    assert imported.exit_code == 0, imported.output
+    lab.workspace().cache_teachers()
+    ids = np.array([0, 2])
+    both = lab.workspace(fusion__weights="uniform")
+    for reader in (both.batch_reader(), both.heldout_reader()):
+        target = reader.read(ids).target
+        assert reader.tail == "bucket" and target is not None and target.ids.shape[-1] == 6
+        assert bool((target.tail > 0).all())
+    alone = lab.workspace(fusion={"weights": "uniform", "teachers": ["one"]})
+    assert alone.batch_reader().tail == "draws" and alone.heldout_reader().tail == "bucket"
+    with pytest.raises(ConfigError, match="teacher 'big' holds no draws"):
+        lab.workspace(fusion__weights="uniform", loss__target="draws").batch_reader()
+
+    cache = scholiast.open_cache(config)
+    assert cache.teachers[0] == "big"
+    batch = scholiast.collate([cache.dataset()[int(i)] for i in ids])
+    assert cache.targets(batch).ids.shape[-1] == 6 and bool((cache.targets(batch).tail > 0).all())
+    chosen = scholiast.FusionOptions(weights="uniform", teachers=("one",))
+    for temperature in (1.0, 2.0):
+        options = scholiast.LossOptions(temperature=temperature)
+        target = scholiast.DistillationLoss(cache, options, chosen).joined(batch).target
+        assert target is not None and target.ids.shape[::2] == (1, 10)
+    drawn = scholiast.LossOptions(target="draws")
+    scholiast.DistillationLoss(cache, drawn, chosen)
+    with pytest.raises(ConfigError, match="teacher 'big' holds no draws"):
+        scholiast.DistillationLoss(cache, drawn)
+
+
 def test_a_lower_bound_must_be_asked_for_and_is_marked(
     made: tuple[Lab, list[Document]], take: Any, cli: Cli, tmp_path: Path
 ) -> None:

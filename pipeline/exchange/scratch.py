@@ -50,7 +50,6 @@ class ScratchWriter:
 
     def add(self, one: CapturedSequence, heads: CleanHeads) -> None:
         """Appends a sequence with its checked candidates."""
-        nan = np.full(len(one.counts), np.nan, np.float32)
         of = one.first + np.arange(len(one.counts))
         there = (of >= 0) & (of < len(one.tokens))
         actual = np.full(len(of), -1)
@@ -60,8 +59,8 @@ class ScratchWriter:
             self._put("firsts", np.array([one.first]))
             self._put("ids", heads.ids)
             self._put("logprobs", heads.logprobs)
-            self._put("entropy", nan if one.entropy is None else one.entropy)
-            self._put("gold", nan if one.gold is None else one.gold)
+            self._put("entropy", heads.entropy)
+            self._put("gold", heads.gold)
             self._put("actual", actual)
             self._put("candidate_ends", self._advance("candidate_ends", np.cumsum(one.counts)))
             self._put("token_ends", self._advance("token_ends", np.array([len(one.tokens)])))

@@ -292,6 +292,27 @@ def test_a_wrong_capture_is_refused_before_anything_is_written(
     assert not (tmp_path / "cache/big").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("entropy", -3.5, "an entropy is negative or above"),
+        ("entropy", math.inf, "an entropy is negative or above"),
+        ("gold_logprobs", 2.0, "an actual token's logprob is infinite or positive"),
+    ],
+)
+def test_wrong_statistics_are_refused_before_anything_is_written(
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path, key: str, value: float, what: str
+) -> None:
+    found = topk_lines(made[1])
+    for line in found:
+        line[key] = [None] * len(line["logprobs"])
+    found[4][key][3] = value
+    result = take(write_lines(tmp_path / "a.jsonl", found), "topk-jsonl")
+    assert result.exit_code == 1 and what in result.output, result.output
+    assert "line 5, entry 3" in result.output
+    assert not (tmp_path / "cache/big").exists()
+
+
 def test_a_capture_that_leaves_rows_out_is_refused_with_the_first(
     made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
 ) -> None:

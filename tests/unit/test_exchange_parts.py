@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,43 @@ def test_rounding_above_zero_is_zero_within_the_tolerance() -> None:
     assert heads.logprobs.tolist() == [0.0]
 
 
+def told(entropy: list[float], gold: list[float]) -> CapturedSequence:
+    return replace(
+        sequence(*({3: -1.0} for _ in entropy)), entropy=np.array(entropy, np.float32),
+        gold=np.array(gold, np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entropy", "gold", "what"),
+    [
+        (-3.5, -1.0, "an entropy is negative"),
+        (math.inf, -1.0, "above that of even odds"),
+        (math.log(V) + 0.02, -1.0, "above that of even odds"),
+        (1.0, 2.0, "actual token's logprob is infinite or positive"),
+        (1.0, math.inf, "infinite"),
+        (1.0, -math.inf, "infinite"),
+    ],
+)
+def test_statistics_that_no_distribution_has_are_refused_with_their_place(
+    entropy: float, gold: float, what: str
+) -> None:
+    with pytest.raises(CorruptShard, match=what) as error:
+        clean(told([1.0, entropy], [-1.0, gold]), V, Tolerance())
+    assert error.value.where == "a.jsonl, line 1, entry 1"
+
+
+def test_rounded_statistics_become_what_they_can_be_and_unknown_ones_stay_so() -> None:
+    heads = clean(
+        told([-0.001, math.log(V) + 0.001, math.nan], [0.0004, math.nan, -2.0]), V, Tolerance()
+    )
+    assert heads.entropy.tolist()[:2] == [0.0, pytest.approx(math.log(V), abs=1e-6)]
+    assert heads.gold.tolist()[::2] == [0.0, -2.0]
+    assert np.isnan(heads.entropy[2]) and np.isnan(heads.gold[1])
+    unknown = clean(sequence({3: -1.0}), V, Tolerance())
+    assert np.isnan(unknown.entropy).all() and unknown.gold.shape == (1,)
+
+
 @given(st.integers(0, 10_000), st.integers(1, 12), st.floats(0.1, 6))
 def test_no_distribution_with_this_head_has_less_entropy(seed: int, k: int, spread: float) -> None:
     logits = np.random.default_rng(seed).normal(0, spread, 30)
@@ -196,12 +234,20 @@ def test_json_lines_of_every_shape_are_read(tmp_path: Path) -> None:
             "logprobs": [[{"token_id": 4, "logprob": -0.5}, {"id": 5, "logprob": -2}]],
         },
         {"input_ids": [7, 8], "logprobs": [{"3": -0.5}], "gold_logprobs": [-2.0], "entropy": [1.5]},
+        {
+            "input_ids": [7, 8],
+            "logprobs": [{"3": -0.5}] * 2,
+            "gold_logprobs": [None, -(10**400)],
+            "entropy": [math.inf, -1e39],
+        },
     )
-    first, second, third = read_topk([path], reading())
+    first, second, third, fourth = read_topk([path], reading())
     assert (first.first, first.counts.tolist(), first.ids.tolist()) == (2, [2, 0], [2, 4])
     assert (second.tokens.tolist(), second.ids.tolist()) == ([4, 4, 4], [4, 5])
     assert third.gold is not None and third.gold.tolist() == [-2.0]
     assert third.entropy is not None and third.entropy.tolist() == [1.5]
+    assert fourth.entropy is not None and fourth.entropy.tolist() == [math.inf, -math.inf]
+    assert fourth.gold is not None and np.isnan(fourth.gold[0]) and fourth.gold[1] == -math.inf
 
 
 def test_easydistills_lines_tell_of_the_end_of_their_sequences(tmp_path: Path) -> None:
@@ -246,6 +292,9 @@ def test_token_strings_are_looked_up(tmp_path: Path) -> None:
         ({"input_ids": [1, 2], "logprobs": [{"-3": -1}]}, "no token id"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "start": -1}, "begin at no token"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [1, 2]}, "a number for each"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [math.nan]}, "no number"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [True]}, "no number"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "gold_logprobs": ["-1"]}, "no number"),
     ],
 )
 def test_lines_that_are_none_are_refused_with_their_place(

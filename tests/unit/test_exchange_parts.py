@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from pipeline.exchange.captured import CapturedSequence, Reading
 from pipeline.exchange.checks import ShiftCheck, Tolerance, clean
 from pipeline.exchange.distillkit import PackedLayout, decode_logprobs, unpack_bits
 from pipeline.exchange.head_statistics import head_statistics
+from pipeline.exchange.scratch import FACTS, TYPES, Scratch, ScratchWriter
 from pipeline.exchange.topk_jsonl import parse_entries, read_topk
+from storage import durable
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, ScholiastError, VocabularyMismatch
 
@@ -304,3 +307,46 @@ def test_lines_that_are_none_are_refused_with_their_place(
     with pytest.raises(ScholiastError, match=what) as error:
         list(read_topk([path], reading()))
     assert f"{path}, line 2" in error.value.where
+
+
+def scratch(root: Path) -> None:
+    one = sequence({3: -2.0, 4: -0.5}, {7: -1.0})
+    with ScratchWriter(root) as writer:
+        writer.add(one, clean(one, V, Tolerance()))
+        writer.finish("key", {"entries": 2})
+
+
+def test_facts_are_written_when_all_else_is_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: dict[str, int] = {}
+    plain, write = os.fsync, durable.write_bytes
+
+    def fsync(fd: int) -> None:
+        plain(fd)
+        flushed[Path(os.readlink(f"/proc/self/fd/{fd}")).name] = os.fstat(fd).st_size
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        sizes = {name: (tmp_path / "capture" / name).stat().st_size for name in TYPES}
+        assert path.name == FACTS and sizes.items() <= flushed.items()
+        assert sizes["ids"] == 12
+        write(path, data)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(durable, "write_bytes", write_bytes)
+    scratch(tmp_path / "capture")
+    found = Scratch.found(tmp_path / "capture", "key")
+    assert found is not None and found.facts == {"entries": 2}
+    assert Scratch.found(tmp_path / "capture", "another") is None
+
+
+@pytest.mark.parametrize("name", ["ids", "entropy", "entry_ends"])
+def test_a_scratch_folder_whose_files_are_shorter_or_gone_is_read_anew(
+    tmp_path: Path, name: str
+) -> None:
+    scratch(tmp_path / "capture")
+    path = tmp_path / "capture" / name
+    os.truncate(path, path.stat().st_size - 4)
+    assert Scratch.found(tmp_path / "capture", "key") is None
+    path.unlink()
+    assert Scratch.found(tmp_path / "capture", "key") is None

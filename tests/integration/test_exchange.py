@@ -342,19 +342,34 @@ def test_another_tokenizer_is_refused(
 
 
 def test_k_is_what_every_entry_has(
-    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.exchange import importing
+
     lab, found = made
     uneven = [*topk_lines(found[:5], 4), *topk_lines(found[5:], 9)]
     path = write_lines(tmp_path / "a.jsonl", uneven)
     refused = take(path, "topk-jsonl")
     assert refused.exit_code == 2 and "4 to 9" in refused.output and "--k 4" in refused.output
+    monkeypatch.setattr(importing, "read_capture", None)  # with another --k it is not read again
     many = take(path, "topk-jsonl", "--k", "5")
     assert many.exit_code == 2 and "fewer candidates than k" in many.output
     large = take(path, "topk-jsonl", "--k", lab.vocab_size + 1)
     assert large.exit_code == 2 and "fewer candidates" in large.output
     assert take(path, "topk-jsonl", "--k", "4").exit_code == 0
     require_equal(lab, tmp_path / "cache/big", found, 4, 0.0)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["big"]
+
+
+def test_what_was_read_of_a_capture_that_cannot_serve_is_not_kept(
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", topk_lines(made[1][1:]))
+    assert take(path, "topk-jsonl").exit_code == 1  # rows without a distribution
+    assert not list((tmp_path / "cache").iterdir())
+    write_lines(path, [{"logprobs": [{"3": -1}]}])
+    assert take(path, "topk-jsonl").exit_code == 2  # no tokens are told: read half
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_another_capture_is_not_written_over(

@@ -6,10 +6,13 @@ import json
 import math
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from capture_files import pack_bits
@@ -18,7 +21,12 @@ from hypothesis import strategies as st
 
 from pipeline.exchange.captured import CapturedSequence, Reading
 from pipeline.exchange.checks import ShiftCheck, Tolerance, clean
-from pipeline.exchange.distillkit import PackedLayout, decode_logprobs, unpack_bits
+from pipeline.exchange.distillkit import (
+    PackedLayout,
+    decode_logprobs,
+    read_distillkit,
+    unpack_bits,
+)
 from pipeline.exchange.head_statistics import head_statistics
 from pipeline.exchange.scratch import FACTS, TYPES, Scratch, ScratchWriter
 from pipeline.exchange.topk_jsonl import parse_entries, read_topk
@@ -105,6 +113,83 @@ def test_bins_undo_the_rounding_of_a_polynomial_in_bfloat16() -> None:
     )
     found = decode_logprobs(packed, layout)
     assert (np.abs(found - wanted.numpy()) <= 1.01 * scale.numpy()).all()
+
+
+PACKED = {"d": 16, "k": 2, "exact_k": 2, "exact_dtype": "float32", "delta_encoding": False}
+LOGPROBS = np.array([[-0.25, -2.0], [-0.5, -1.0]], "<f4").view(np.uint8).tolist()
+INDICES = [[0x35], [0x72]]
+
+
+def packed(root: Path, kind: pa.DataType, logprobs: Any = LOGPROBS, indices: Any = INDICES) -> Path:
+    """Writes a capture of one sequence, its ids as bytes and its logprobs as `kind`."""
+    (root / "layout.yaml").write_text(json.dumps(PACKED))
+    columns = {
+        "input_ids": pa.array([[1, 2, 3]]), "compressed_logprobs": pa.array([logprobs], kind),
+        "bytepacked_indices": pa.array([indices], pa.list_(pa.list_(pa.uint8()))),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), root / "a.parquet")
+    return root / "a.parquet"
+
+
+def captured(path: Path) -> CapturedSequence:
+    layout = path.parent / "layout.yaml"
+    (one,) = read_distillkit([path], reading(format="distillkit", layout=layout))
+    return one
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_(pa.list_(pa.uint8())), pa.list_(pa.list_(pa.int16())),
+     pa.large_list(pa.large_list(pa.uint64()))],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_integers_of_any_width_are_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    one = captured(packed(tmp_path, kind))
+    assert one.ids.tolist() == [3, 5, 7, 2] and one.logprobs.tolist() == [-0.25, -2.0, -0.5, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "logprobs", "what"),
+    [
+        (pa.list_(pa.binary()), [bytes(row) for row in LOGPROBS], "no list of byte strings"),
+        (pa.list_(pa.list_(pa.uint8(), 8)), LOGPROBS, "no list of byte strings"),
+        (pa.list_(pa.uint8()), LOGPROBS[0], "no list of byte strings"),
+        (pa.list_(pa.list_(pa.float32())), LOGPROBS, "no list of byte strings"),
+        (pa.list_(pa.list_(pa.int16())), [LOGPROBS[0], [*LOGPROBS[1][:7], 300]], "row 0"),
+        (pa.list_(pa.list_(pa.int8())), [[-1] * 8, [1] * 8], "row 0"),
+        (pa.list_(pa.list_(pa.uint8())), [LOGPROBS[0], [*LOGPROBS[1][:7], None]], "row 0"),
+        (pa.list_(pa.list_(pa.uint8())), [LOGPROBS[0], None], "row 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_holds_no_bytes_is_refused_with_its_place(
+    tmp_path: Path, kind: pa.DataType, logprobs: Any, what: str
+) -> None:
+    with pytest.raises(CorruptShard, match="compressed_logprobs") as error:
+        captured(packed(tmp_path, kind, logprobs))
+    assert what in str(error.value) and "a.parquet" in error.value.where
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k: 2024-02-30",
+        "[" * 3000,
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 9)}]\n" for m, n in pairwise("abcdefghij")),
+        "d: !!python/object:os.system 1",
+        json.dumps({**PACKED, "d": 10**400}),
+        json.dumps({**PACKED, "unknown": 1}),
+        "\x00",
+    ],
+    ids=["date", "deep", "aliases", "tag", "huge", "key", "control"],
+)
+def test_a_layout_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = packed(tmp_path, pa.list_(pa.list_(pa.uint8())))
+    (tmp_path / "layout.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="not a compression configuration of DistillKit") as error:
+        captured(path)
+    assert error.value.where == str(tmp_path / "layout.yaml")
 
 
 def test_sorting_keeps_candidates_with_their_entry() -> None:

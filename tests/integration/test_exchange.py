@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from capture_files import (
 from conftest import Lab, build_parts, digests, make_tokenizer
 
 from pipeline.exchange.matching import pieces
+from pipeline.model_card import model_card
 from storage.blocks import BlockReader
 from storage.errors import ConfigError
 from storage.reader import CacheReader
@@ -452,7 +454,15 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
         result = cli(command, config, "-q")
         assert result.exit_code == 0, (command, result.output)
     card = (lab.root / "run/students/fused/model/README.md").read_text()
-    assert "captured by another tool | – | not stated | – |" in card
+    assert "captured by another tool | – | not stated | – | 6 | 0 | balanced |" in card
+    assert "| 8 | 0 | balanced |" in card and "draws of the others" not in card
+    work = lab.workspace(fusion={"weights": "max_prob", "k": 5})
+    info, jobs = work.finished_jobs()
+    drawn = [replace(job, layout=replace(job.layout, draws=3)) for job in jobs]
+    where = lab.root / "run/students/fused/model"
+    assert model_card(work, "fused", work.config.loss, info, jobs, where).count("| 5 | 0 |") == 2
+    more = model_card(work, "fused", work.config.loss, info, drawn, where)
+    assert more.count("| 5 | 3 | balanced |") == 2 and "and draws of the others, as many" in more
     figures = json.loads((lab.root / "run/evaluation.json").read_text())
     big, one = figures["teachers"]["big"]["overall"], figures["teachers"]["one"]["overall"]
     assert big["perplexity"] is None and big["entropy"] is None and big["accuracy"] > 0.3

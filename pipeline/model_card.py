@@ -49,7 +49,9 @@ def model_card(
     config = work.config
     facts = json.loads((folder / "scholiast.json").read_text())
     teachers = [
-        _teacher(job) for job in jobs if name == FUSED and job.name in config.fused_teachers
+        {**_teacher(job), **_notes(job, config.fusion.k)}
+        for job in jobs
+        if name == FUSED and job.name in config.fused_teachers
     ]
     start = _start(work)
     title = f"{config.name}-{name}"
@@ -112,6 +114,18 @@ def _teacher(job: TeacherJob) -> dict[str, Any]:
         "name": job.name, **_origin(job.options.model, job.options.revision),
         "parameters": parameters(job.folder, f"teachers.{job.name}.model"), "licence": stated(job.folder),
     }  # fmt: skip
+
+
+def _notes(job: TeacherJob, used: int | None) -> dict[str, Any]:
+    """Returns what a student had of a teacher's cache, which need not be as `store` says: one that was
+    imported has its own k, and no draws.
+
+    Args:
+        used: fusion.k.
+    """
+    layout = job.layout
+    kept = layout.k if used is None else min(used, layout.k)
+    return {"kept": kept, "draws": layout.draws, "preset": layout.preset}
 
 
 def _start(work: Workspace) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ Shapes: M teachers, R rows, K entries (head and draws), S draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ class FusedTarget:
     """The fused target of R rows at one temperature.
 
     Attributes:
-        ids: int64 [M, R, K]. An id may stand twice; one of the entries then has p = 0.
+        ids: int64 [M, R, K], K the most entries that a teacher has. An id may stand twice; one of the
+            entries then has p = 0.
         logp: [M, R, K], log of `p`.
         p: [M, R, K], tempered probabilities of head and draws.
         tail: [M, R], tempered mass of the bucket; p summed over K, plus tail, is 1 (with draws at a
@@ -260,7 +261,8 @@ def fuse(
     assert not by_sequence or sequence_R is not None, "weights per sequence need the sequences"
     evidence = Evidence(notes, vocab_size, sequence_R if by_sequence else None, fitted_MR)
     weights = weigh(evidence, options).contiguous()
-    ids, logp, p, mass = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+    ids, logp, p = _side_by_side([piece[:3] for piece in pieces])
+    mass = torch.stack([piece[3] for piece in pieces])
     if options.mixing == "arithmetic":
         return FusedTarget(ids, logp, p, mass, weights, vocab_size, temperature)
     if tail != "bucket" and (tail or any(note.draw_ids is not None for note in notes.values())):
@@ -269,11 +271,33 @@ def fuse(
             "estimates is biased", where="fusion.mixing", expected="loss.target: bucket",
             found=tail or "draws", todo="set loss.target: bucket, or fusion.mixing: arithmetic",
         )  # fmt: skip
-    used = torch.stack([note.logprobs > LOG_ZERO / 2 for note in notes.values()])
+    used = torch.zeros_like(ids, dtype=torch.bool)
+    for mine, note in zip(
+        used, notes.values(), strict=True
+    ):  # as stored: a tempered logp tells less
+        mine[:, : note.logprobs.shape[-1]] = note.logprobs > LOG_ZERO / 2
     ids, logp, p, mass = geometric(ids, logp, used, mass, weights, vocab_size)
     return FusedTarget(
         ids, logp, p, mass, torch.ones_like(mass), vocab_size, temperature, spent=weights
     )
+
+
+def _side_by_side(
+    pieces: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (ids, logp, p), each [M, R, K], of teachers with up to K entries [R, ≤ K]: what a teacher
+    has less repeats its first id with p = 0, as the entries that a top-p cut left unused do."""
+    rows, k = len(pieces[0][0]), max(ids.shape[-1] for ids, _, _ in pieces)
+    if all(ids.shape[-1] == k for ids, _, _ in pieces):
+        ids, logp, p = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+        return ids, logp, p
+    shape = (len(pieces), rows, k)
+    ids = torch.stack([mine[:, :1].expand(rows, k) for mine, _, _ in pieces])
+    logp, p = pieces[0][1].new_full(shape, LOG_ZERO), pieces[0][2].new_zeros(shape)
+    for m, piece in enumerate(pieces):
+        for whole, mine in zip((ids, logp, p), piece, strict=True):
+            whole[m, :, : mine.shape[-1]] = mine
+    return ids, logp, p
 
 
 def _target(

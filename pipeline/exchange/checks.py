@@ -35,10 +35,12 @@ class Tolerance:
     Attributes:
         logprob: how far above 0 a logprob may lie; it is then 0.
         mass: how far above 1 a head's mass may lie; its tail is then empty.
+        entropy: how far, in nats, an entropy may lie below 0 or above log V; it is then that.
     """
 
     logprob: float = 1e-3
     mass: float = 1e-2
+    entropy: float = 1e-2
 
 
 TOLERANCES = {"distillkit": Tolerance(0.05, 0.1), "topk-jsonl": Tolerance(), "vllm": Tolerance()}
@@ -52,11 +54,15 @@ class CleanHeads:
     Attributes:
         ids, logprobs: int32 and float32 [c].
         mass: the largest of an entry.
+        entropy, gold: float32 [m], nats in [0, log V] and the actual tokens' logprobs, none above 0; NaN
+            where not known.
     """
 
     ids: Int32
     logprobs: Float32
     mass: float
+    entropy: Float32
+    gold: Float32
 
 
 def clean(one: CapturedSequence, vocab_size: int, tolerance: Tolerance) -> CleanHeads:
@@ -64,7 +70,7 @@ def clean(one: CapturedSequence, vocab_size: int, tolerance: Tolerance) -> Clean
 
     Raises:
         CorruptShard: a logprob that is NaN, infinite or positive; an id twice in an entry; more mass
-            than 1.
+            than 1; an entropy that no distribution over the vocabulary has.
         VocabularyMismatch: an id beyond the vocabulary, or more candidates than it has ids.
     """
     entry = np.repeat(np.arange(len(one.counts)), one.counts)
@@ -89,9 +95,31 @@ def clean(one: CapturedSequence, vocab_size: int, tolerance: Tolerance) -> Clean
         j = int(mass.argmax())
         raise refuse("the candidates' probabilities exceed 1", f"{one.where}, entry {j}",
                      expected=f"at most {1 + tolerance.mass}", found=f"{mass[j]:.4f}")  # fmt: skip
+    zero = np.float32(0)
+    entropy, gold = _clean_statistics(one, vocab_size, tolerance)
     return CleanHeads(
-        one.ids[order], np.minimum(values[order], np.float32(0)), float(mass.max(initial=0.0))
+        one.ids[order], np.minimum(values[order], zero), float(mass.max(initial=0.0)), entropy, gold
     )
+
+
+def _clean_statistics(
+    one: CapturedSequence, vocab_size: int, tolerance: Tolerance
+) -> tuple[Float32, Float32]:
+    """Returns an entry's entropy and its actual token's logprob, NaN where not known."""
+    entry, largest = np.arange(len(one.counts)), math.log(vocab_size)
+    unknown = np.full(len(entry), np.nan, np.float32)
+    entropy = unknown if one.entropy is None else one.entropy
+    gold = unknown if one.gold is None else one.gold
+    beyond = (entropy < -tolerance.entropy) | (entropy > largest + tolerance.entropy)
+    _refuse_where(
+        beyond, entry, one, "an entropy is negative or above that of even odds", entropy,
+        f"0 to {largest:.3f} nats, log {vocab_size:,}",
+    )  # fmt: skip
+    _refuse_where(
+        np.isinf(gold) | (gold > tolerance.logprob), entry, one,
+        "an actual token's logprob is infinite or positive", gold, "a finite number, 0 or less",
+    )  # fmt: skip
+    return np.clip(entropy, 0, np.float32(largest)), np.minimum(gold, np.float32(0))
 
 
 def _require_ids(one: CapturedSequence, entry: Int64, vocab_size: int) -> None:
@@ -117,10 +145,14 @@ def _require_ids(one: CapturedSequence, entry: Int64, vocab_size: int) -> None:
         )  # fmt: skip
 
 
-def _refuse_where(bad: Bool, entry: Int64, one: CapturedSequence, what: str, values: Any) -> None:
+def _refuse_where(
+    bad: Bool, entry: Int64, one: CapturedSequence, what: str, values: Any, expected: Any = None
+) -> None:
     if bad.any():
         at = int(bad.argmax())
-        raise refuse(what, f"{one.where}, entry {int(entry[at])}", found=values[at])
+        raise refuse(
+            what, f"{one.where}, entry {int(entry[at])}", expected=expected, found=values[at]
+        )
 
 
 @dataclass

@@ -25,10 +25,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.exchange.captured import CapturedSequence, Reading, refuse, tokens_of
+from pipeline.yaml_text import load_yaml
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError
 from storage.types import AnyArray, Float32, Int64
@@ -36,6 +36,7 @@ from storage.types import AnyArray, Float32, Int64
 BESIDE = "compression_config.yaml"
 """The layout's file beside captures of newer versions."""
 COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
+_PACKED = "list<list<uint8>>"
 _LEGACY = ("packed_indices", "exact_values", "coeffs")
 _AT_ONCE = 64  # sequences decoded together
 
@@ -58,7 +59,7 @@ class Bin(_Strict):
 class PackedLayout(_Strict):
     """DistillKit's DistributionQuantizationConfig."""
 
-    d: Annotated[int, Field(ge=1)]
+    d: Annotated[int, Field(ge=1, le=1 << 31)]
     k: Annotated[int, Field(ge=1)]
     exact_k: Annotated[int, Field(ge=0)]
     exact_dtype: FloatName = "float32"
@@ -95,13 +96,13 @@ def load_layout(path: Path | None, files: Sequence[Path]) -> PackedLayout:
     """
     path = path or files[0].parent / BESIDE
     try:
-        layout = PackedLayout.model_validate(yaml.safe_load(path.read_text()))
+        layout = PackedLayout.model_validate(load_yaml(path.read_text()))
     except FileNotFoundError:
         raise ConfigError(
             "DistillKit's captures do not describe themselves", where="--layout", found=f"no {path}",
             todo="give the compression configuration they were made with",
         ) from None  # fmt: skip
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no text, no YAML, or not these keys and values
         raise ConfigError(
             "the file is not a compression configuration of DistillKit", where=path,
             found=str(error).replace("\n", " ")[:200],
@@ -203,7 +204,7 @@ def read_distillkit(files: Sequence[Path], reading: Reading) -> Iterator[Capture
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                _require_columns(file.schema_arrow.names, path)
+                _require_columns(file.schema_arrow, path)
                 row = 0
                 for batch in file.iter_batches(_AT_ONCE, columns=list(COLUMNS)):
                     yield from _sequences(batch, layout, reading.offset, path, row)
@@ -212,8 +213,13 @@ def read_distillkit(files: Sequence[Path], reading: Reading) -> Iterator[Capture
             raise refuse(f"no readable Parquet file: {error}", path) from error
 
 
-def _require_columns(names: Sequence[str], path: Path) -> None:
-    if set(COLUMNS) <= set(names):
+def _require_columns(schema: pa.Schema, path: Path) -> None:
+    names = schema.names
+    if all(names.count(name) == 1 for name in COLUMNS):
+        for name in COLUMNS[1:]:
+            if not _holds_bytes(schema.field(name).type):
+                raise refuse(f"{name} is no list of byte strings as DistillKit writes them", path,
+                             expected=_PACKED, found=schema.field(name).type)  # fmt: skip
         return
     if set(_LEGACY) <= set(names):
         raise refuse(
@@ -221,6 +227,15 @@ def _require_columns(names: Sequence[str], path: Path) -> None:
             "tell no probabilities", path, expected=list(COLUMNS), found=list(names),
         )  # fmt: skip
     raise refuse("no capture of DistillKit", path, expected=list(COLUMNS), found=list(names))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Returns whether a type is lists of lists of integers, of whatever width: values are looked at."""
+    for _ in range(2):
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return False
+        kind = kind.value_type
+    return bool(pa.types.is_integer(kind))
 
 
 def _sequences(
@@ -253,5 +268,12 @@ def _bytes(value: Any, width: int, column: str, where: str) -> AnyArray:
             f"{column} is not packed as the layout says", where, expected=f"{width} bytes a position",
             found=f"{sizes[sizes != width][:1].tolist() or 'nulls'}",
         )  # fmt: skip
-    flat: AnyArray = lists.flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.uint8).reshape(-1, width)
+    flat = lists.flatten()
+    try:
+        found: AnyArray = flat.cast(pa.uint8()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise refuse(f"{column} holds what is no byte", where, expected="0 to 255",
+                     found=" ".join(str(error).split()))  from error  # fmt: skip
+    if flat.null_count:
+        raise refuse(f"{column} holds what is no byte", where, expected="0 to 255", found="null")
+    return found.reshape(-1, width)

@@ -91,13 +91,16 @@ def run_import(work: Workspace, request: Request) -> dict[str, Any]:
                     "another process imports this teacher's cache", where=root, found=error.strerror,
                     todo="wait for it, or stop it",
                 ) from error  # fmt: skip
+        read = None
         try:
             read = read_into(scratch, files, reading, info.vocab_size, key, work.progress)
             job = Import(request.teacher, corpus, read, wanted)
             found = job.cover(work.progress)
             written = 0 if request.dry_run else job.write(root, source, work.progress)
-        except (ConfigError, CorruptShard, VocabularyMismatch, StaleCache):
-            shutil.rmtree(scratch, ignore_errors=True)  # of no use to a later try
+        except (ConfigError, CorruptShard, VocabularyMismatch, StaleCache) as error:
+            # Where --k alone is wrong, what was read serves the next try; else it is of no use to it.
+            if read is None or not isinstance(error, ConfigError):
+                shutil.rmtree(scratch, ignore_errors=True)
             raise
         shutil.rmtree(scratch, ignore_errors=True)
     return {

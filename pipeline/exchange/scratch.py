@@ -4,7 +4,8 @@ Other tools write rows in any order (DistillKit shuffles), and Parquet and JSON 
 access. So the capture is read front to back once, beside the cache: `tokens` (big-endian int32, so that
 bytes compare as ids do), `ids`, `logprobs` (candidates of all entries, each entry's most probable first),
 and int64 tables of where sequences and entries end. It is deleted when the import is done; a stopped one
-finds it again, if it is whole and of the same files and options.
+finds it again, if it is whole and of the same files and options. `facts.json` says so, and is written
+when all others are on the device: a power cut leaves no facts of files that it took.
 
 Shapes: n sequences, R of their entries that are asked for.
 """
@@ -12,6 +13,7 @@ Shapes: n sequences, R of their entries that are asked for.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -50,7 +52,6 @@ class ScratchWriter:
 
     def add(self, one: CapturedSequence, heads: CleanHeads) -> None:
         """Appends a sequence with its checked candidates."""
-        nan = np.full(len(one.counts), np.nan, np.float32)
         of = one.first + np.arange(len(one.counts))
         there = (of >= 0) & (of < len(one.tokens))
         actual = np.full(len(of), -1)
@@ -60,8 +61,8 @@ class ScratchWriter:
             self._put("firsts", np.array([one.first]))
             self._put("ids", heads.ids)
             self._put("logprobs", heads.logprobs)
-            self._put("entropy", nan if one.entropy is None else one.entropy)
-            self._put("gold", nan if one.gold is None else one.gold)
+            self._put("entropy", heads.entropy)
+            self._put("gold", heads.gold)
             self._put("actual", actual)
             self._put("candidate_ends", self._advance("candidate_ends", np.cumsum(one.counts)))
             self._put("token_ends", self._advance("token_ends", np.array([len(one.tokens)])))
@@ -78,8 +79,13 @@ class ScratchWriter:
 
     def finish(self, key: str, facts: Mapping[str, Any]) -> None:
         """Says that the folder is whole: `key` names files and options, `facts` what was found."""
+        with durable.disk_errors(self._root):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
         self._close()
-        body = {"key": key, "facts": dict(facts)}
+        sizes = {name: (self._root / name).stat().st_size for name in TYPES}
+        body = {"key": key, "facts": dict(facts), "sizes": sizes}
         body["sha256"] = fingerprint(body)
         durable.write_bytes(self._root / FACTS, canonical_json(body))
 
@@ -119,7 +125,7 @@ class Scratch:
             stated = body.pop("sha256")
         except (OSError, ValueError, KeyError, AttributeError):
             return None
-        whole = stated == fingerprint(body) and body["key"] == key
+        whole = stated == fingerprint(body) and body["key"] == key and _there(root, body)
         return cls(root, body["facts"]) if whole else None
 
     def array(self, name: str) -> AnyArray:
@@ -198,3 +204,11 @@ class Scratch:
         return np.where(
             (actual[entries] == tokens) & ~np.isnan(gold[entries]), gold[entries], found
         )
+
+
+def _there(root: Path, body: Mapping[str, Any]) -> bool:
+    """Returns whether the files are as long as they were."""
+    try:
+        return {name: (root / name).stat().st_size for name in TYPES} == body.get("sizes")
+    except OSError:
+        return False

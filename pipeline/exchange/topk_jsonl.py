@@ -32,6 +32,7 @@ from storage.errors import ConfigError
 from storage.types import Float32, Int32, Int64
 
 _MOST, _LEAST = 1.001, 1e-45  # of a probability; what is less counts as the least float32
+_LARGEST = float(np.finfo(np.float32).max)
 _ID_KEYS = ("token_id", "id", "token")
 
 
@@ -225,7 +226,17 @@ def _numbers(values: Any, count: int, name: str, where: str) -> Any:
         return None
     if not isinstance(values, list) or len(values) != count:
         raise refuse(f"{name} has not a number for each entry", where, expected=count)
-    try:
-        return np.array([math.nan if v is None else v for v in values], np.float32)
-    except (TypeError, ValueError):
-        raise refuse(f"{name} holds what is no number", where) from None
+    made = np.full(count, np.nan, np.float32)
+    for j, value in enumerate(values):
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or value != value:  # NaN says as little as text does; null: not known
+            raise refuse(
+                f"{name} holds what is no number", f"{where}, entry {j}", found=repr(value)
+            )
+        # What float32 cannot hold, and an int that is beyond every float, is as good as infinite.
+        made[j] = (
+            value if abs(value) <= _LARGEST else math.copysign(math.inf, 1 if value > 0 else -1)
+        )
+    return made

@@ -189,8 +189,10 @@ def test_weights_are_those_of_the_cpu(name: str, per: str) -> None:
 
 
 @pytest.mark.parametrize("mixing", ["arithmetic", "geometric"])
-def test_fused_targets_are_those_of_the_cpu(mixing: str) -> None:
-    rows = {str(seed): notes(seed) for seed in (1, 2)}
+@pytest.mark.parametrize("k", [6, 3], ids="second of {}".format)
+def test_fused_targets_are_those_of_the_cpu(mixing: str, k: int) -> None:
+    rows = {"1": notes(1), "2": notes(2)}
+    rows["2"] = replace(rows["2"], ids=rows["2"].ids[:, :k], logprobs=rows["2"].logprobs[:, :k])
     chosen = FusionOptions.model_validate({"weights": "entropy", "mixing": mixing})
     theirs = fuse(rows, (2.0,), V, 2.0, chosen, "bucket")
     mine = fuse({n: moved(note) for n, note in rows.items()}, (2.0,), V, 2.0, chosen, "bucket")

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scholiast
+import torch
 from capture_files import (
     Document,
     K,
@@ -26,6 +29,7 @@ from capture_files import (
 from conftest import Lab, build_parts, digests, make_tokenizer
 
 from pipeline.exchange.matching import pieces
+from pipeline.model_card import model_card
 from storage.blocks import BlockReader
 from storage.errors import ConfigError
 from storage.reader import CacheReader
@@ -290,6 +294,27 @@ def test_a_wrong_capture_is_refused_before_anything_is_written(
     assert not (tmp_path / "cache/big").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("entropy", -3.5, "an entropy is negative or above"),
+        ("entropy", math.inf, "an entropy is negative or above"),
+        ("gold_logprobs", 2.0, "an actual token's logprob is infinite or positive"),
+    ],
+)
+def test_wrong_statistics_are_refused_before_anything_is_written(
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path, key: str, value: float, what: str
+) -> None:
+    found = topk_lines(made[1])
+    for line in found:
+        line[key] = [None] * len(line["logprobs"])
+    found[4][key][3] = value
+    result = take(write_lines(tmp_path / "a.jsonl", found), "topk-jsonl")
+    assert result.exit_code == 1 and what in result.output, result.output
+    assert "line 5, entry 3" in result.output
+    assert not (tmp_path / "cache/big").exists()
+
+
 def test_a_capture_that_leaves_rows_out_is_refused_with_the_first(
     made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
 ) -> None:
@@ -319,19 +344,34 @@ def test_another_tokenizer_is_refused(
 
 
 def test_k_is_what_every_entry_has(
-    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.exchange import importing
+
     lab, found = made
     uneven = [*topk_lines(found[:5], 4), *topk_lines(found[5:], 9)]
     path = write_lines(tmp_path / "a.jsonl", uneven)
     refused = take(path, "topk-jsonl")
     assert refused.exit_code == 2 and "4 to 9" in refused.output and "--k 4" in refused.output
+    monkeypatch.setattr(importing, "read_capture", None)  # with another --k it is not read again
     many = take(path, "topk-jsonl", "--k", "5")
     assert many.exit_code == 2 and "fewer candidates than k" in many.output
     large = take(path, "topk-jsonl", "--k", lab.vocab_size + 1)
     assert large.exit_code == 2 and "fewer candidates" in large.output
     assert take(path, "topk-jsonl", "--k", "4").exit_code == 0
     require_equal(lab, tmp_path / "cache/big", found, 4, 0.0)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["big"]
+
+
+def test_what_was_read_of_a_capture_that_cannot_serve_is_not_kept(
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", topk_lines(made[1][1:]))
+    assert take(path, "topk-jsonl").exit_code == 1  # rows without a distribution
+    assert not list((tmp_path / "cache").iterdir())
+    write_lines(path, [{"logprobs": [{"3": -1}]}])
+    assert take(path, "topk-jsonl").exit_code == 2  # no tokens are told: read half
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_another_capture_is_not_written_over(
@@ -404,7 +444,7 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     config = lab.write(fusion__weights="max_prob")
     work = lab.workspace(fusion__weights="max_prob")
     work.prepare()
-    layout = {**EXACT, "d": lab.vocab_size}
+    layout = {**EXACT, "d": lab.vocab_size, "k": 6, "exact_k": 6}  # fewer than our own store.k
     path = write_distillkit(tmp_path / "capture", documents(lab.root / "run/corpus"), layout)
     imported = cli(
         "import", config, "--teacher", "big", "--from", path, "--format", "distillkit", "-q"
@@ -414,12 +454,32 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
         result = cli(command, config, "-q")
         assert result.exit_code == 0, (command, result.output)
     card = (lab.root / "run/students/fused/model/README.md").read_text()
-    assert "captured by another tool | – | not stated | – |" in card
+    assert "captured by another tool | – | not stated | – | 6 | 0 | balanced |" in card
+    assert "| 8 | 0 | balanced |" in card and "draws of the others" not in card
+    work = lab.workspace(fusion={"weights": "max_prob", "k": 5})
+    info, jobs = work.finished_jobs()
+    drawn = [replace(job, layout=replace(job.layout, draws=3)) for job in jobs]
+    where = lab.root / "run/students/fused/model"
+    assert model_card(work, "fused", work.config.loss, info, jobs, where).count("| 5 | 0 |") == 2
+    more = model_card(work, "fused", work.config.loss, info, drawn, where)
+    assert more.count("| 5 | 3 | balanced |") == 2 and "and draws of the others, as many" in more
     figures = json.loads((lab.root / "run/evaluation.json").read_text())
     big, one = figures["teachers"]["big"]["overall"], figures["teachers"]["one"]["overall"]
     assert big["perplexity"] is None and big["entropy"] is None and big["accuracy"] > 0.3
     assert one["perplexity"] > 1 and figures["fused"]["overall"]["perplexity"] is None
     assert "big" not in figures["teacher_models"] and "NaN" not in json.dumps(figures)
+    targets = []
+    for on_device in (False, True):
+        reader = lab.workspace(fusion__weights="max_prob").batch_reader(on_device=on_device)
+        batch = reader.ready(reader.read(np.array([0, 2])), torch.device("cpu"))
+        assert batch.target is not None and batch.target.ids.shape[::2] == (2, 8)
+        targets.append(batch.target)
+    for name in ("ids", "logp", "p", "tail", "weights"):
+        assert torch.equal(*(getattr(target, name) for target in targets)), name
+    assert [set(row) for row in (targets[0].p > 0).sum(-1).tolist()] == [{6}, {8}]
+    opened = scholiast.open_cache(config)
+    found = opened.targets(scholiast.collate([opened.dataset()[i] for i in (0, 2)]))
+    assert opened.k == found.ids.shape[-1] == 8
     for changes, word in (
         ({"fusion__weights": "entropy"}, "does not hold entropy"),
         ({"fusion__weights": "min_ce"}, "does not hold gold_logprob"),
@@ -431,6 +491,43 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
         assert "uniform" in error.value.todo or "1.0" in error.value.todo
     with pytest.raises(ConfigError, match="no capture holds hidden states"):
         lab.workspace(teachers__big__feature_layers=[2]).finished_jobs()
+
+
+def test_draws_count_where_every_fused_cache_has_some(lab: Lab, cli: Cli, tmp_path: Path) -> None:
+    lab.config["teachers"] = {"one": {"model": f"{lab.root}/a"}, "big": {"model": "nowhere/large"}}
+    lab.config["corpus"]["blocks_per_part"] = 30
+    lab.config["store"] |= {"k": 6, "draws": 4}
+    lab.config["loss"] = {"chunk_tokens": 16}
+    config = lab.write(fusion__weights="uniform")
+    lab.workspace(fusion__weights="uniform").prepare()
+    path = write_lines(tmp_path / "a.jsonl", vllm_lines(documents(lab.root / "run/corpus"), 4))
+    imported = cli("import", config, "--teacher", "big", "--from", path, "--format", "vllm", "-q")
+    assert imported.exit_code == 0, imported.output
+    lab.workspace().cache_teachers()
+    ids = np.array([0, 2])
+    both = lab.workspace(fusion__weights="uniform")
+    for reader in (both.batch_reader(), both.heldout_reader()):
+        target = reader.read(ids).target
+        assert reader.tail == "bucket" and target is not None and target.ids.shape[-1] == 6
+        assert bool((target.tail > 0).all())
+    alone = lab.workspace(fusion={"weights": "uniform", "teachers": ["one"]})
+    assert alone.batch_reader().tail == "draws" and alone.heldout_reader().tail == "bucket"
+    with pytest.raises(ConfigError, match="teacher 'big' holds no draws"):
+        lab.workspace(fusion__weights="uniform", loss__target="draws").batch_reader()
+
+    cache = scholiast.open_cache(config)
+    assert cache.teachers[0] == "big"
+    batch = scholiast.collate([cache.dataset()[int(i)] for i in ids])
+    assert cache.targets(batch).ids.shape[-1] == 6 and bool((cache.targets(batch).tail > 0).all())
+    chosen = scholiast.FusionOptions(weights="uniform", teachers=("one",))
+    for temperature in (1.0, 2.0):
+        options = scholiast.LossOptions(temperature=temperature)
+        target = scholiast.DistillationLoss(cache, options, chosen).joined(batch).target
+        assert target is not None and target.ids.shape[::2] == (1, 10)
+    drawn = scholiast.LossOptions(target="draws")
+    scholiast.DistillationLoss(cache, drawn, chosen)
+    with pytest.raises(ConfigError, match="teacher 'big' holds no draws"):
+        scholiast.DistillationLoss(cache, drawn)
 
 
 def test_a_lower_bound_must_be_asked_for_and_is_marked(

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from stages.chunked_head import chunked_loss
+from stages.divergences import Divergence
 from stages.fusion import NoteRows, fuse
 from stages.head import Head, HeadRule
-from stages.losses import bucket_kl
+from stages.losses import bucket_kl, mixture_divergence
 from stages.mixing import fused_gold_logprob
 from stages.row_notes import NoteRule, annotate_logits
 from stages.target_options import FusionOptions
@@ -41,8 +42,8 @@ def notes(seed: int, k: int, top_p: float = 1.0, draws: int = 0) -> NoteRows:
     )  # fmt: skip
 
 
-def both(k: int, top_p: float = 1.0) -> dict[str, NoteRows]:
-    return {"a": notes(1, k, top_p), "b": notes(2, k, top_p)}
+def both(k: int, top_p: float = 1.0, second: int | None = None) -> dict[str, NoteRows]:
+    return {"a": notes(1, k, top_p), "b": notes(2, k if second is None else second, top_p)}
 
 
 def filled_in(note: NoteRows, seed: int, r: int, temperature: float) -> tuple[set[int], Tensor]:
@@ -57,13 +58,16 @@ def filled_in(note: NoteRows, seed: int, r: int, temperature: float) -> tuple[se
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("k", "top_p"), [(1, 1.0), (6, 1.0), (6, 0.7), (V - 1, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "top_p", "second"),
+    [(1, 1.0, 1), (6, 1.0, 6), (6, 0.7, 6), (V - 1, 1.0, V - 1), (2, 1.0, 6), (6, 0.7, 3)],
+)
 def test_mixture_is_the_geometric_mean_of_evenly_filled_distributions(
-    k: int, top_p: float, temperature: float
+    k: int, top_p: float, second: int, temperature: float
 ) -> None:
-    given = both(k, top_p)
+    given = both(k, top_p, second)
     target = fuse(given, (2.0,), V, temperature, GEOMETRIC, "bucket")
-    assert target.ids.shape == (1, R, 2 * k) and target.weights.tolist() == [[1.0] * R]
+    assert target.ids.shape == (1, R, 2 * max(k, second)) and target.weights.tolist() == [[1.0] * R]
     at_one = fused_gold_logprob(target, GOLD, torch.empty(0))
     for r in range(R):
         (kept, p), (other, q) = (
@@ -111,6 +115,35 @@ def test_the_loss_takes_a_union_with_repeats() -> None:
     )
     ours = chunked_loss(hidden.requires_grad_(), head, GOLD, target, 0.0, 1.0, 4)
     torch.testing.assert_close(ours.kd_R, bucket_kl(hidden @ head.weight.t(), target).detach())
+
+
+@pytest.mark.parametrize("divergence", [Divergence(), Divergence("js", 0.5)])
+def test_the_loss_of_teachers_of_another_k_is_that_of_their_own_entries(
+    divergence: Divergence,
+) -> None:
+    """Written out: forward KL teacher by teacher, each fused alone; else over dense mixtures."""
+    given, chosen = both(6, second=2), FusionOptions(weights="static", static=GEOMETRIC.static)
+    target = fuse(given, (2.0,), V, 1.0, chosen, "bucket")
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(R, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(V, 4, generator=generator, dtype=torch.float64)
+    ours = chunked_loss(
+        hidden, Head(weight, None, HeadRule(), False), GOLD, target, 0.0, 1.0, 4, divergence
+    )
+    logits_RP = hidden @ weight.t()
+    if divergence.per_teacher:
+        alone = FusionOptions(weights="uniform")
+        plain = sum(
+            w * bucket_kl(logits_RP, fuse({name: note}, (2.0,), V, 1.0, alone, "bucket"))
+            for w, (name, note) in zip(W, given.items(), strict=True)
+        )
+    else:
+        plain = mixture_divergence(logits_RP, target, divergence)
+        assert sorted((target.p[1] > 0).sum(-1).tolist()) == [2] * R
+    assert isinstance(plain, Tensor)
+    torch.testing.assert_close(ours.kd_R, plain.detach())
+    mine, theirs = (torch.autograd.grad(x, [hidden])[0] for x in (ours.total, plain.sum()))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_alike_teachers_and_a_single_one_stay_as_they_are() -> None:

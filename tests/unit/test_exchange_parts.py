@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from capture_files import pack_bits
@@ -16,9 +21,16 @@ from hypothesis import strategies as st
 
 from pipeline.exchange.captured import CapturedSequence, Reading
 from pipeline.exchange.checks import ShiftCheck, Tolerance, clean
-from pipeline.exchange.distillkit import PackedLayout, decode_logprobs, unpack_bits
+from pipeline.exchange.distillkit import (
+    PackedLayout,
+    decode_logprobs,
+    read_distillkit,
+    unpack_bits,
+)
 from pipeline.exchange.head_statistics import head_statistics
+from pipeline.exchange.scratch import FACTS, TYPES, Scratch, ScratchWriter
 from pipeline.exchange.topk_jsonl import parse_entries, read_topk
+from storage import durable
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, ScholiastError, VocabularyMismatch
 
@@ -103,6 +115,83 @@ def test_bins_undo_the_rounding_of_a_polynomial_in_bfloat16() -> None:
     assert (np.abs(found - wanted.numpy()) <= 1.01 * scale.numpy()).all()
 
 
+PACKED = {"d": 16, "k": 2, "exact_k": 2, "exact_dtype": "float32", "delta_encoding": False}
+LOGPROBS = np.array([[-0.25, -2.0], [-0.5, -1.0]], "<f4").view(np.uint8).tolist()
+INDICES = [[0x35], [0x72]]
+
+
+def packed(root: Path, kind: pa.DataType, logprobs: Any = LOGPROBS, indices: Any = INDICES) -> Path:
+    """Writes a capture of one sequence, its ids as bytes and its logprobs as `kind`."""
+    (root / "layout.yaml").write_text(json.dumps(PACKED))
+    columns = {
+        "input_ids": pa.array([[1, 2, 3]]), "compressed_logprobs": pa.array([logprobs], kind),
+        "bytepacked_indices": pa.array([indices], pa.list_(pa.list_(pa.uint8()))),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), root / "a.parquet")
+    return root / "a.parquet"
+
+
+def captured(path: Path) -> CapturedSequence:
+    layout = path.parent / "layout.yaml"
+    (one,) = read_distillkit([path], reading(format="distillkit", layout=layout))
+    return one
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_(pa.list_(pa.uint8())), pa.list_(pa.list_(pa.int16())),
+     pa.large_list(pa.large_list(pa.uint64()))],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_integers_of_any_width_are_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    one = captured(packed(tmp_path, kind))
+    assert one.ids.tolist() == [3, 5, 7, 2] and one.logprobs.tolist() == [-0.25, -2.0, -0.5, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "logprobs", "what"),
+    [
+        (pa.list_(pa.binary()), [bytes(row) for row in LOGPROBS], "no list of byte strings"),
+        (pa.list_(pa.list_(pa.uint8(), 8)), LOGPROBS, "no list of byte strings"),
+        (pa.list_(pa.uint8()), LOGPROBS[0], "no list of byte strings"),
+        (pa.list_(pa.list_(pa.float32())), LOGPROBS, "no list of byte strings"),
+        (pa.list_(pa.list_(pa.int16())), [LOGPROBS[0], [*LOGPROBS[1][:7], 300]], "row 0"),
+        (pa.list_(pa.list_(pa.int8())), [[-1] * 8, [1] * 8], "row 0"),
+        (pa.list_(pa.list_(pa.uint8())), [LOGPROBS[0], [*LOGPROBS[1][:7], None]], "row 0"),
+        (pa.list_(pa.list_(pa.uint8())), [LOGPROBS[0], None], "row 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_holds_no_bytes_is_refused_with_its_place(
+    tmp_path: Path, kind: pa.DataType, logprobs: Any, what: str
+) -> None:
+    with pytest.raises(CorruptShard, match="compressed_logprobs") as error:
+        captured(packed(tmp_path, kind, logprobs))
+    assert what in str(error.value) and "a.parquet" in error.value.where
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k: 2024-02-30",
+        "[" * 3000,
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 9)}]\n" for m, n in pairwise("abcdefghij")),
+        "d: !!python/object:os.system 1",
+        json.dumps({**PACKED, "d": 10**400}),
+        json.dumps({**PACKED, "unknown": 1}),
+        "\x00",
+    ],
+    ids=["date", "deep", "aliases", "tag", "huge", "key", "control"],
+)
+def test_a_layout_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = packed(tmp_path, pa.list_(pa.list_(pa.uint8())))
+    (tmp_path / "layout.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="not a compression configuration of DistillKit") as error:
+        captured(path)
+    assert error.value.where == str(tmp_path / "layout.yaml")
+
+
 def test_sorting_keeps_candidates_with_their_entry() -> None:
     heads = clean(sequence({3: -2.0, 4: -0.5}, {7: -1.0, 1: -1.0, 2: -3.0}), V, Tolerance())
     assert heads.ids.tolist() == [4, 3, 1, 7, 2]
@@ -143,6 +232,43 @@ def test_an_id_twice_in_an_entry_is_refused_and_in_two_entries_is_not() -> None:
 def test_rounding_above_zero_is_zero_within_the_tolerance() -> None:
     heads = clean(sequence({3: 0.0004}), V, Tolerance())
     assert heads.logprobs.tolist() == [0.0]
+
+
+def told(entropy: list[float], gold: list[float]) -> CapturedSequence:
+    return replace(
+        sequence(*({3: -1.0} for _ in entropy)), entropy=np.array(entropy, np.float32),
+        gold=np.array(gold, np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entropy", "gold", "what"),
+    [
+        (-3.5, -1.0, "an entropy is negative"),
+        (math.inf, -1.0, "above that of even odds"),
+        (math.log(V) + 0.02, -1.0, "above that of even odds"),
+        (1.0, 2.0, "actual token's logprob is infinite or positive"),
+        (1.0, math.inf, "infinite"),
+        (1.0, -math.inf, "infinite"),
+    ],
+)
+def test_statistics_that_no_distribution_has_are_refused_with_their_place(
+    entropy: float, gold: float, what: str
+) -> None:
+    with pytest.raises(CorruptShard, match=what) as error:
+        clean(told([1.0, entropy], [-1.0, gold]), V, Tolerance())
+    assert error.value.where == "a.jsonl, line 1, entry 1"
+
+
+def test_rounded_statistics_become_what_they_can_be_and_unknown_ones_stay_so() -> None:
+    heads = clean(
+        told([-0.001, math.log(V) + 0.001, math.nan], [0.0004, math.nan, -2.0]), V, Tolerance()
+    )
+    assert heads.entropy.tolist()[:2] == [0.0, pytest.approx(math.log(V), abs=1e-6)]
+    assert heads.gold.tolist()[::2] == [0.0, -2.0]
+    assert np.isnan(heads.entropy[2]) and np.isnan(heads.gold[1])
+    unknown = clean(sequence({3: -1.0}), V, Tolerance())
+    assert np.isnan(unknown.entropy).all() and unknown.gold.shape == (1,)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.floats(0.1, 6))
@@ -196,12 +322,20 @@ def test_json_lines_of_every_shape_are_read(tmp_path: Path) -> None:
             "logprobs": [[{"token_id": 4, "logprob": -0.5}, {"id": 5, "logprob": -2}]],
         },
         {"input_ids": [7, 8], "logprobs": [{"3": -0.5}], "gold_logprobs": [-2.0], "entropy": [1.5]},
+        {
+            "input_ids": [7, 8],
+            "logprobs": [{"3": -0.5}] * 2,
+            "gold_logprobs": [None, -(10**400)],
+            "entropy": [math.inf, -1e39],
+        },
     )
-    first, second, third = read_topk([path], reading())
+    first, second, third, fourth = read_topk([path], reading())
     assert (first.first, first.counts.tolist(), first.ids.tolist()) == (2, [2, 0], [2, 4])
     assert (second.tokens.tolist(), second.ids.tolist()) == ([4, 4, 4], [4, 5])
     assert third.gold is not None and third.gold.tolist() == [-2.0]
     assert third.entropy is not None and third.entropy.tolist() == [1.5]
+    assert fourth.entropy is not None and fourth.entropy.tolist() == [math.inf, -math.inf]
+    assert fourth.gold is not None and np.isnan(fourth.gold[0]) and fourth.gold[1] == -math.inf
 
 
 def test_easydistills_lines_tell_of_the_end_of_their_sequences(tmp_path: Path) -> None:
@@ -246,6 +380,9 @@ def test_token_strings_are_looked_up(tmp_path: Path) -> None:
         ({"input_ids": [1, 2], "logprobs": [{"-3": -1}]}, "no token id"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "start": -1}, "begin at no token"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [1, 2]}, "a number for each"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [math.nan]}, "no number"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [True]}, "no number"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "gold_logprobs": ["-1"]}, "no number"),
     ],
 )
 def test_lines_that_are_none_are_refused_with_their_place(
@@ -255,3 +392,46 @@ def test_lines_that_are_none_are_refused_with_their_place(
     with pytest.raises(ScholiastError, match=what) as error:
         list(read_topk([path], reading()))
     assert f"{path}, line 2" in error.value.where
+
+
+def scratch(root: Path) -> None:
+    one = sequence({3: -2.0, 4: -0.5}, {7: -1.0})
+    with ScratchWriter(root) as writer:
+        writer.add(one, clean(one, V, Tolerance()))
+        writer.finish("key", {"entries": 2})
+
+
+def test_facts_are_written_when_all_else_is_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: dict[str, int] = {}
+    plain, write = os.fsync, durable.write_bytes
+
+    def fsync(fd: int) -> None:
+        plain(fd)
+        flushed[Path(os.readlink(f"/proc/self/fd/{fd}")).name] = os.fstat(fd).st_size
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        sizes = {name: (tmp_path / "capture" / name).stat().st_size for name in TYPES}
+        assert path.name == FACTS and sizes.items() <= flushed.items()
+        assert sizes["ids"] == 12
+        write(path, data)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(durable, "write_bytes", write_bytes)
+    scratch(tmp_path / "capture")
+    found = Scratch.found(tmp_path / "capture", "key")
+    assert found is not None and found.facts == {"entries": 2}
+    assert Scratch.found(tmp_path / "capture", "another") is None
+
+
+@pytest.mark.parametrize("name", ["ids", "entropy", "entry_ends"])
+def test_a_scratch_folder_whose_files_are_shorter_or_gone_is_read_anew(
+    tmp_path: Path, name: str
+) -> None:
+    scratch(tmp_path / "capture")
+    path = tmp_path / "capture" / name
+    os.truncate(path, path.stat().st_size - 4)
+    assert Scratch.found(tmp_path / "capture", "key") is None
+    path.unlink()
+    assert Scratch.found(tmp_path / "capture", "key") is None

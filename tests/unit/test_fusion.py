@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stages.fusion import fuse, rows_of, spread_tail, temper, temperature_column
+from stages.options import Tail
 from stages.row_notes import NoteRule, annotate_logits
 from stages.target_options import FusionOptions
 from storage.errors import ConfigError
@@ -53,6 +54,29 @@ def test_fused_head_is_exact_at_every_cached_temperature(temperature: float) -> 
         torch.testing.assert_close(target.tail[m], tail, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(target.p.sum(-1) + target.tail, torch.ones(2, 9))
     torch.testing.assert_close(target.logp.exp(), target.p)
+
+
+@pytest.mark.parametrize("kind", ["bucket", "renormalised", "residual"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_teachers_of_another_k_keep_what_they_have(temperature: float, kind: Tail) -> None:
+    rows = {name: rows_of(as_notes(i, k), ALL) for i, (name, k) in enumerate([("a", 3), ("b", K)])}
+    gold = torch.arange(9) * 5
+    for names in ("ab", "ba"):
+        target = fuse(
+            {n: rows[n] for n in names}, (2.0,), V, temperature, FusionOptions(), kind, gold
+        )
+        assert target.ids.shape == target.p.shape == target.logp.shape
+        for m, name in enumerate(names):
+            single = FusionOptions(weights="uniform")
+            alone = fuse({name: rows[name]}, (2.0,), V, temperature, single, kind, gold)
+            width = alone.ids.shape[-1]
+            for field in ("ids", "p", "logp"):
+                mine, whole = getattr(alone, field)[0], getattr(target, field)[m]
+                assert torch.equal(mine, whole[:, :width]), field
+            assert torch.equal(alone.tail[0], target.tail[m])
+            assert not target.p[m, :, width:].any()
+            assert bool((target.ids[m, :, width:] == alone.ids[0, :, :1]).all())
+            assert bool((target.logp[m, :, width:] == LOG_ZERO).all())
 
 
 def test_complete_head_has_no_tail() -> None:

@@ -192,14 +192,14 @@ class Workspace(CacheWorkspace):
         Draws give a gradient without bias, but a loss that is too high: there the bucket stands for
         the tail.
         """
-        reader, options = self.batch_reader(), self.config.loss
-        if options.tail(self.config.store.drawn) != "draws":
+        reader = self.batch_reader()
+        if reader.tail != "draws":
             return reader
-        return reader.at(options.temperature, "bucket")
+        return reader.at(self.config.loss.temperature, "bucket")
 
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
-        from stages.batches import BatchReader
+        from stages.batches import BatchReader, common_tail
         from storage.blocks import BlockReader
         from storage.reader import CacheReader
 
@@ -214,7 +214,7 @@ class Workspace(CacheWorkspace):
         }
         return BatchReader(
             BlockReader(config.corpus_folder), caches, config.loss.temperature, config.fusion,
-            on_device, config.loss.tail(config.store.drawn), features.pooled,
+            on_device, common_tail(config.loss, caches), features.pooled,
         )  # fmt: skip
 
     # -- evaluation

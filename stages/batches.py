@@ -17,7 +17,7 @@ from stages.decode import DeviceDecoder, bfloat16
 from stages.fusion import FusedTarget, NoteRows, fuse, rows_of
 from stages.mixture_em import domain_weights
 from stages.options import Pooling, Tail
-from stages.target_options import FusionOptions
+from stages.target_options import FusionOptions, LossOptions
 from stages.weighting import WEIGHTINGS, first_weights, parsed, possible
 from storage.blocks import BlockReader
 from storage.errors import ConfigError, StaleCache
@@ -110,7 +110,7 @@ class BatchReader:
         temperature: of the fused target.
         options: how the teachers are weighted.
         on_device: leave the decoding to `ready`, on the training device.
-        tail: what stands for the tail; draws where there are any, else the bucket, if not given.
+        tail: what stands for the tail; draws where every cache has some, else the bucket, if not given.
         pooled: which features a batch has; the caches must read them.
 
     Raises (on construction):
@@ -145,7 +145,8 @@ class BatchReader:
                 raise ConfigError(
                     f"the cache of teacher {name!r} holds no draws", where="loss.target",
                     expected="auto, bucket, renormalised or residual", found=tail,
-                    todo="choose one of these, or set store.draws and cache again",
+                    todo="choose one of these, or set store.draws and cache again (a capture that was "
+                    "imported has none)",
                 )  # fmt: skip
             cache.require(
                 WEIGHTINGS[parsed(options.weights)[0]].needs, f"fusion.weights: {options.weights}",
@@ -154,9 +155,15 @@ class BatchReader:
         _require_alike(caches, temperature)
         self.corpus, self.caches = corpus, dict(caches)
         self._temperature, self._options = temperature, options
-        self._on_device, self._tail, self._pooled = on_device, tail, pooled
+        self._on_device, self._pooled = on_device, pooled
+        self._tail: Tail = tail or ("draws" if least_draws(caches) else "bucket")
         self._decoders: dict[str, DeviceDecoder] = {}
         self._fitted: Tensor | None = None
+
+    @property
+    def tail(self) -> Tail:
+        """What stands for the tail of every teacher."""
+        return self._tail
 
     @property
     def ramp(self) -> float:
@@ -297,6 +304,18 @@ def gold_batch(blocks: TokenBlocks, domain_B: Int64) -> Batch:
         domain=torch.from_numpy(domain_B),
         target=None, features={}, segment_weights={},
     )  # fmt: skip
+
+
+def common_tail(options: LossOptions, caches: Mapping[str, CacheReader]) -> Tail:
+    """Returns what the options let stand for the tail of these caches: of `auto`, draws only where each
+    has some, as what stands for it is the same for all. Draws that are asked for stay asked for:
+    BatchReader says whose cache has none."""
+    return "draws" if options.target == "draws" else options.tail(least_draws(caches))
+
+
+def least_draws(caches: Mapping[str, CacheReader]) -> int:
+    """Returns S of the cache that has the fewest draws a token; an imported one has none."""
+    return min((cache.layout.draws for cache in caches.values()), default=0)
 
 
 def _require_alike(caches: Mapping[str, CacheReader], temperature: float) -> None:

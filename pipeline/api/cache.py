@@ -234,7 +234,8 @@ class Cache:
                 if not given.
             temperature: one of `temperatures`.
             tail: what stands for the mass outside the heads: "draws", "bucket", "renormalised",
-                "residual"; draws if they are cached, else the bucket, if not given.
+                "residual"; draws if each of these teachers' caches holds some, else the bucket, if not
+                given.
 
         Returns:
             ids int64 and p float32 [M, R, K], tail and weights float32 [M, R], on the batch's device: the
@@ -264,13 +265,25 @@ class Cache:
 
         key = (f"{fusion.model_dump_json()}{pooled}", temperature, str(tail))
         if key not in self._batch_readers:
-            chosen = [n for n in self.teachers if fusion.teachers is None or n in fusion.teachers]
-            self._require(fusion, chosen)
             self._batch_readers[key] = BatchReader(
-                self.corpus, {name: self.readers[name] for name in chosen}, temperature, fusion,
-                tail=tail, pooled=pooled,
-            )  # fmt: skip
+                self.corpus,
+                self.fused_readers(fusion),
+                temperature,
+                fusion,
+                tail=tail,
+                pooled=pooled,
+            )
         return self._batch_readers[key]
+
+    def fused_readers(self, fusion: FusionOptions) -> dict[str, CacheReader]:
+        """Returns teacher → its cache, of those that these options fuse.
+
+        Raises:
+            ConfigError: the options do not fit the teachers.
+        """
+        chosen = [n for n in self.teachers if fusion.teachers is None or n in fusion.teachers]
+        self._require(fusion, chosen)
+        return {name: self.readers[name] for name in chosen}
 
     def _require(self, fusion: FusionOptions, chosen: Sequence[str]) -> None:
         unknown = sorted(set(fusion.teachers or ()) - set(self.teachers))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.api.blocks import as_batch
+from stages.batches import common_tail
 from stages.head import Head, HeadRule
 from stages.layer_pairs import Pair, resolve_pairs
 from stages.schedule import alpha_at, weights_share
@@ -19,7 +20,7 @@ from storage.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.api.cache import Cache
     from stages.batches import Batch, BatchReader
-    from stages.options import Tail
+    from storage.reader import CacheReader
 
 
 class DistillationLoss(nn.Module):
@@ -56,7 +57,9 @@ class DistillationLoss(nn.Module):
         self.options = cache.loss if loss is None else loss
         self.fusion = cache.fusion if fusion is None else fusion
         self.cache, self.bf16 = cache, bf16
-        self._tail = _tail(self.options, cache)
+        fused = cache.fused_readers(self.fusion)
+        _require_temperature(self.options, fused)
+        self._tail = common_tail(self.options, fused)
         self._reader = cache.batch_reader(
             self.fusion, self.options.temperature, self._tail, self.options.features.pooled
         )
@@ -181,21 +184,14 @@ def _ambient_bf16(kind: str) -> bool:
     return True
 
 
-def _tail(options: LossOptions, cache: Cache) -> Tail:
-    grid = cache.temperatures
+def _require_temperature(options: LossOptions, readers: Mapping[str, CacheReader]) -> None:
+    grid = (1.0, *next(iter(readers.values())).layout.temperatures)
     if options.temperature not in grid:
         raise ConfigError(
             "the caches cannot serve this temperature", where="loss.temperature",
             expected=f"one of {', '.join(map(str, grid))}", found=options.temperature,
             todo="choose one of these, or cache again with another store.temperatures",
         )  # fmt: skip
-    try:
-        return options.tail(min(layout.draws for layout in cache.layouts.values()))
-    except ValueError as error:
-        raise ConfigError(
-            "the caches cannot serve this target", where="loss.target", expected=str(error),
-            found=options.target, todo="choose another, or cache again with store.draws",
-        ) from error  # fmt: skip
 
 
 def _pairs(options: LossOptions, cache: Cache, teachers: list[str], student: Any) -> list[Pair]:

@@ -190,7 +190,9 @@ def model_identity(
     if index := deciding_index(folder, key):
         paths.append(index)
     code = code_identity(folder, key, memo) if trust_remote_code else {}
-    return {path.name: memo.sha256(path) for path in paths} | code
+    identity = {path.name: memo.sha256(path) for path in paths} | code
+    memo.save()
+    return identity
 
 
 def tokenizer_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ConfigError, RemoteError, ScholiastError
+from storage.errors import ConfigError, RemoteError, ScholiastError, unreadable
 
 _WHERE = "--push-to-hub"
 
@@ -52,6 +52,7 @@ def push_model(folder: Path, name: str, private: bool) -> str:
 
     Raises:
         RemoteError: the hub refuses or fails; says how to go on with what is exported.
+        CorruptShard: a file cannot be read.
     """
     from huggingface_hub import HfApi
 
@@ -104,6 +105,8 @@ def _translated(name: str, todo: str) -> Iterator[None]:
             "the hub refuses", where=_at(name), found=_line(error), todo=todo
         ) from error
     except Exception as error:  # of its HTTP library, which has changed its name before
+        if isinstance(error, OSError) and error.filename is not None:  # a socket has no name
+            raise unreadable("a file", error, error.filename, todo) from error
         if not _of_the_network(error):
             raise
         raise RemoteError(

@@ -14,6 +14,8 @@ LARGEST = 1 << 20
 """Characters of a configuration."""
 _MOST_VALUES = 100_000
 """Values of a configuration, those that aliases repeat counted each time."""
+_LONGEST_NUMBER = 1000
+"""Characters of an integer: YAML has base 60 as well, which takes quadratic time to make out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,6 +40,14 @@ class _Loader(yaml.SafeLoader):
         if self._values[id(node)] > _MOST_VALUES:
             raise _problem(f"more than {_MOST_VALUES:,} values", node)
         return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise _problem(f"a number of more than {_LONGEST_NUMBER:,} digits", node)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _problem(what: str, node: yaml.Node) -> yaml.YAMLError:

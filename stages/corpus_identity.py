@@ -33,7 +33,7 @@ def corpus_identity(
     folder = locate(
         options.tokenizer, options.tokenizer_revision, "corpus.tokenizer", weights=False
     )
-    return {
+    identity = {
         "format": FORMAT,
         "tokenizer_files": tokenizer_identity(folder, "corpus.tokenizer", memo),
         "block_length": options.block_length,
@@ -44,6 +44,8 @@ def corpus_identity(
             for i, source in enumerate(options.sources)
         },
     }
+    memo.save()
+    return identity
 
 
 def cut(identity: Mapping[str, Any], sources: int) -> dict[str, Any]:

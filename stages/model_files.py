@@ -12,7 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stages.model_safety import code_identity, safetensors_header, weight_files
+from stages.model_safety import (
+    code_identity,
+    deciding_index,
+    require_plain,
+    safetensors_header,
+    weight_files,
+)
 from storage.checked import parse, read_bounded
 from storage.errors import TeacherError
 from storage.fingerprint import HashMemo
@@ -207,19 +213,29 @@ def parameters_of(config: dict[str, Any]) -> int:
 def model_identity(
     folder: Path, key: str, memo: HashMemo, trust_remote_code: bool = False
 ) -> dict[str, str]:
-    """Returns file name → sha256 of the configuration and every weight file; of a trusted model also
-    of its code."""
+    """Returns file name → sha256 of the configuration and every weight file; of the index of weights
+    where that leaves some out; of a trusted model also of its code.
+
+    Raises:
+        TeacherError: no weights that can be recorded, or a configuration that names others.
+    """
+    require_plain(folder, key)
     paths = [folder / "config.json", *weight_files(folder, key)]
+    if index := deciding_index(folder, key):
+        paths.append(index)
     code = code_identity(folder, key, memo) if trust_remote_code else {}
-    return {path.name: memo.sha256(path) for path in paths} | code
+    identity = {path.name: memo.sha256(path) for path in paths} | code
+    memo.save()
+    return identity
 
 
 def tokenizer_identity(folder: Path, key: str, memo: HashMemo) -> dict[str, str]:
     """Returns file name → sha256 of the tokenizer's files.
 
     Raises:
-        TeacherError: the folder holds no tokenizer.
+        TeacherError: the folder holds no tokenizer, or names other files of one.
     """
+    require_plain(folder, key)
     found = {n: memo.sha256(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
     if not found:
         raise TeacherError(

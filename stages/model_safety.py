@@ -16,7 +16,11 @@ from storage.errors import TeacherError
 from storage.fingerprint import HashMemo
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHERS_LAYOUT = "consolidated"
+"""How the names of Mistral's own files begin, which lie beside transformers' in the same folder."""
+_ELSEWHERE = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
+"""Keys by which transformers reads another file than the one that everybody looks at."""
 _MOST_HEADER = 100_000_000
 """Bytes of a safetensors header, the format's own limit."""
 
@@ -47,13 +51,34 @@ def weight_files(folder: Path, key: str) -> list[Path]:
     return files
 
 
+def deciding_index(folder: Path, key: str) -> Path | None:
+    """Returns the index of weights where it chooses among the folder's files, and so is part of what
+    the model is; None where their contents alone decide.
+
+    That is where all are loaded: the one whole file, or every file but those of another layout, which
+    transformers does not read.
+
+    Raises:
+        TeacherError: as `weight_files`.
+    """
+    files = {path.name for path in weight_files(folder, key)}
+    if _WHOLE in files or not (folder / _INDEX).exists():
+        return None
+    expected = {name for name in files if not name.startswith(_OTHERS_LAYOUT)}
+    return None if _named(folder) == expected else folder / _INDEX
+
+
+def _named(folder: Path) -> set[str]:
+    """Returns the files that the index of weights names."""
+    return set(parse(read_bounded(folder / _INDEX))["weight_map"].values())
+
+
 def _require_own(folder: Path, key: str, files: set[str]) -> None:
     """Refuses an index of weights that names anything but the folder's safetensors files."""
     if not (folder / _INDEX).exists():
         return
     try:
-        named = set(parse(read_bounded(folder / _INDEX))["weight_map"].values())
-        strange = sorted(str(name) for name in named - files)
+        strange = sorted(str(name) for name in _named(folder) - files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         strange = [f"{type(error).__name__}: {error}"]
     if strange:
@@ -65,32 +90,63 @@ def _require_own(folder: Path, key: str, files: set[str]) -> None:
 
 
 def require_plain(folder: Path, key: str) -> None:
-    """Refuses a configuration that names a repository of compiled kernels: transformers would download
-    and run them, trusted or not, where the package `kernels` is installed.
+    """Refuses a configuration by which transformers would read or run something else than it seems.
+
+    That is another file of weights (which may be a pickle, or lie outside the folder), another
+    configuration or tokenizer, none of which is part of the model's identity; or a repository of compiled
+    kernels, which is downloaded and run, trusted or not, where the package `kernels` is installed.
+
+    Args:
+        folder: a model's or a tokenizer's, or a configuration's file.
 
     Raises:
         TeacherError: says which key.
     """
-    path = folder if folder.is_file() else folder / "config.json"
+    if folder.is_file():
+        _require_plain(folder, key)
+        return
+    for name in ("config.json", "tokenizer_config.json"):
+        _require_plain(folder / name, key)
+
+
+def _require_plain(path: Path, key: str) -> None:
     try:
         config = parse(read_bounded(path))
-    except (OSError, ValueError):
+    except OSError:
         return  # whoever loads it says what is wrong
-    for name, value in _leaves(config, ""):
+    except ValueError as error:  # transformers may still read it, as one that is too large
+        raise TeacherError(
+            f"the model's configuration cannot be read: {error}", where=f"{key}: {path}",
+            todo="give the folder of a transformers checkpoint",
+        ) from error  # fmt: skip
+    for keys, value in _leaves(config):
+        name = ".".join(keys)
+        if found := next((one for one in keys if one in _ELSEWHERE), None):
+            raise TeacherError(
+                "the model's configuration names files to read in place of its own",
+                where=f"{key}: {path}", found=f"{name}: {value}"[:200],
+                expected="files with transformers' own names, which can be recorded",
+                todo=f"take {found} out of {path.name}, and give the files it names their usual names",
+            )  # fmt: skip
         if "implementation" in name and isinstance(value, str) and ("/" in value or ":" in value):
             raise TeacherError(
                 "the model's configuration asks for code from elsewhere", where=f"{key}: {path}",
-                expected="attention that transformers has", found=f"{name[1:]}: {value}"[:200],
-                todo="take that key out of config.json, and choose by `attention`",
+                expected="attention that transformers has", found=f"{name}: {value}"[:200],
+                todo=f"take that key out of {path.name}, and choose by `attention`",
             )  # fmt: skip
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _leaves(one, f"{name}.{key}")
-    else:
-        yield name, value
+def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (keys on the way there, value) of all that holds nothing further, however deep it lies."""
+    left: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while left:
+        keys, one = left.pop()
+        if isinstance(one, dict) and one:
+            left += [((*keys, key), inner) for key, inner in one.items()]
+        elif isinstance(one, list) and one:
+            left += [(keys, inner) for inner in one]
+        else:
+            yield keys, one
 
 
 def first_line(error: Exception) -> str:

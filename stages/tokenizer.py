@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.model_safety import first_line, todo_of
+from stages.model_safety import first_line, require_plain, todo_of
 from storage.errors import CorpusError, TeacherError, VocabularyMismatch
 from storage.fingerprint import fingerprint
 
@@ -20,10 +20,11 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     """Returns the folder's fast tokenizer.
 
     Raises:
-        TeacherError: none there, or it cannot give offsets.
+        TeacherError: none there, it cannot give offsets, or it names files to read in place of its own.
     """
     from transformers import AutoTokenizer
 
+    require_plain(folder, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain ones

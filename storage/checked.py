@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +25,21 @@ LARGEST = 1 << 26
 
 
 def read_bounded(path: Root) -> bytes:
-    """Returns a small file's bytes.
+    """Returns a small file's bytes; of a larger one no more than LARGEST are read, or asked of a store.
 
     Raises:
         OSError: as the file system says.
-        ValueError: it has more than LARGEST.
+        ValueError: it has more than LARGEST, or more than it says.
     """
-    if isinstance(path, Path) and path.stat().st_size > LARGEST:
-        raise ValueError(f"more than {LARGEST:,} bytes")
-    return path.read_bytes()
+    if not isinstance(path, Path):
+        data, size = path.read_bytes(LARGEST + 1), LARGEST
+    else:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1) if size <= LARGEST else b""
+    if size > LARGEST or len(data) > size:
+        raise ValueError(f"more than {min(size, LARGEST):,} bytes")
+    return data
 
 
 def parse(data: bytes) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,15 @@ class CorpusInfo:
 
     def domain_of(self, block_ids: Int64) -> Int64:
         """Returns the index into `domains` of each block."""
-        starts = np.array([s.first_block for s in self.sources])
-        index = np.array([self.domains.index(s.domain) for s in self.sources])
+        starts, index = self._domains_from
         return index[np.searchsorted(starts, block_ids, side="right") - 1]
+
+    @cached_property  # asked for each batch, and there may be 10^5 sources
+    def _domains_from(self) -> tuple[Int64, Int64]:
+        """(first block, index into `domains`) of each source."""
+        number = {domain: i for i, domain in enumerate(self.domains)}
+        starts = np.array([s.first_block for s in self.sources])
+        return starts, np.array([number[s.domain] for s in self.sources])
 
 
 def save_begun(
@@ -141,7 +148,9 @@ def load_begun(root: Root) -> tuple[dict[str, Any], list[tuple[int, str]]] | Non
     try:
         body = parse(read_bounded(root / "begun.json"))
         generations = [(int(n), str(owner)) for n, owner in body["generations"]]
-        whole = generations[-1][1] == fingerprint(body["identity"])
+        whole = generations[-1][1] == fingerprint(body["identity"]) and _is_identity(
+            body["identity"]
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return None
     return (body["identity"], generations) if whole else None
@@ -188,6 +197,8 @@ def _require_possible(info: CorpusInfo) -> None:
         raise ValueError(f"blocks of {info.block_length:,} of {info.vocab_size:,} ids")
     if not info.generations or not info.sources:
         raise ValueError("no generations, or no sources")
+    if not _is_identity(info.identity) or info.identity["blocks_per_part"] != info.blocks_per_part:
+        raise ValueError("an identity that names no sources, or another width of the parts")
     require_countable(0, info.blocks, info.blocks_per_part)
     require_generations(info.generations, info.blocks_per_part, info.blocks)
     require_countable(info.parts, info.blocks, info.blocks_per_part)
@@ -205,6 +216,14 @@ def _require_possible(info: CorpusInfo) -> None:
     digests += [text for g in info.generations for text in (g.fingerprint, g.identity)]
     if not all(len(text) == 64 for text in digests):
         raise ValueError("a fingerprint that is none")
+
+
+def _is_identity(value: Any) -> bool:
+    """Returns whether a value has what the identity of any corpus has, whatever else it is of."""
+    if not isinstance(value, dict) or not isinstance(value.get("sources"), dict):
+        return False
+    width = value.get("blocks_per_part")
+    return isinstance(width, int) and not isinstance(width, bool) and width > 0
 
 
 def _span(generation: Generation, width: int) -> tuple[int, int]:

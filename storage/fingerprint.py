@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ class HashMemo:
     """Remembers sha256 by (path, size, mtime, inode), as git's index does, so that asking for the
     state of three 7B teachers does not read 45 GB each time. The identity itself stays the content's.
 
+    What is new is written when a second has passed, and ten times what the last writing took: with each
+    of 10^5 files it would take quadratic time. A kill costs that much hashing again; `save` writes the
+    rest.
+
     Args:
         path: the file that remembers.
         keep: whether what is new is written there; without it nothing is.
@@ -50,6 +55,7 @@ class HashMemo:
     def __init__(self, path: Path, keep: bool = True) -> None:
         self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = {}
+        self._new, self._due = False, 0.0
         # A memo that cannot be read costs a second hashing, nothing else.
         with contextlib.suppress(OSError, ValueError, RecursionError):
             known = json.loads(path.read_text())
@@ -65,9 +71,22 @@ class HashMemo:
             return str(entry[3])
         digest = file_sha256(real)
         self._known[str(real)] = [*key, digest]
-        if self._keep:
-            durable.write_bytes(self._path, json.dumps(self._known).encode())
+        self._new = self._keep
+        if time.monotonic() >= self._due:
+            self.save()
         return digest
+
+    def save(self) -> None:
+        """Writes what is new, if anything is.
+
+        Raises:
+            DiskFull, FailingFolder
+        """
+        if self._new:
+            began = time.monotonic()
+            durable.write_bytes(self._path, json.dumps(self._known).encode())
+            ended = time.monotonic()
+            self._new, self._due = False, ended + max(1.0, 10 * (ended - began))
 
 
 def differences(

@@ -97,12 +97,7 @@ class LocalCache:
                     return
                 part.unlink()
                 if last:
-                    raise CorruptShard(
-                        "an object of the store has bytes that were not written there", where=where,
-                        expected=f"{size} bytes, sha256 {digest[:16]}", found=f"{found} bytes",
-                        todo="put the file there again: run `scholiast push --verify` from the "
-                        "original",
-                    )  # fmt: skip
+                    raise wrong_bytes(where, size, digest, found)
 
     def _make_room(self, size: int) -> None:
         if self._unseen >= self.limit // 64 or self._used + self._unseen + size > self.limit:
@@ -128,6 +123,15 @@ class LocalCache:
                 continue  # somebody is fetching it
             used -= bytes_ if _removed(name) else 0
         return used
+
+
+def wrong_bytes(where: object, size: int, digest: str, found: int) -> CorruptShard:
+    """Returns the error of an object that is not what its manifest states."""
+    return CorruptShard(
+        "an object of the store has bytes that were not written there", where=where,
+        expected=f"{size} bytes, sha256 {digest[:16]}", found=f"{found} bytes",
+        todo="put the file there again: run `scholiast push --verify` from the original",
+    )  # fmt: skip
 
 
 def _removed(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 Each part's objects go before its manifest, and cache.json or corpus.json goes last: what a reader
 finds vouched for is there. What stands in the store with the same manifest and the same sizes is not sent
-again, so a copy that was stopped goes on where it was, and one that lost files is mended. Sizes come
-from one listing (a request for a thousand objects); that bytes are right only reading them tells, which
-is done if asked for.
+again, nor are the few small files that no manifest vouches for if they have the same bytes; so a copy
+that was stopped goes on where it was, and one that lost files is mended. Sizes come from one listing (a
+request for a thousand objects); that bytes are right only reading them tells, which is done if asked for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def push(
     for name in [*(name for name in whole_files(root) if name not in _LAST), *_LAST]:
         if (root / name).exists():
             require_inside(root, name)  # what lies elsewhere is not to be sent along
-            sent += copy.put(name)
+            sent += copy.update(name)
     return sent
 
 
@@ -103,6 +103,12 @@ class _Copy:
         _require_whole(self.root, name, size, sha256)
         return self.put(name)
 
+    def update(self, name: str) -> int:
+        """Sends a small file unless the store's has its bytes; returns the bytes sent."""
+        own = (self.root / name).read_bytes()
+        same = self.sizes.get(name) == len(own) and (self.target / name).read_bytes() == own
+        return 0 if same else self.put(name)
+
     def put(self, name: str) -> int:
         """Sends a file, whatever stands there; returns its bytes."""
         if not self.dry_run:
@@ -123,7 +129,7 @@ def _push_part(
         raise CorruptShard("a part was written with other orders of ids", where=path, todo=_TODO)
     tell(sum(n for n, _ in vouched.objects.values()))
     name, own = f"manifests/{path.name}", path.read_bytes()
-    same = name in copy.sizes and (copy.target / name).read_bytes() == own
+    same = copy.sizes.get(name) == len(own) and (copy.target / name).read_bytes() == own
 
     def send(item: tuple[str, tuple[int, str]]) -> int:
         return copy.send(item[0], *item[1], same)

@@ -94,7 +94,8 @@ def make_corpus(root: Path, sizes: Sizes) -> BlockReader:
     digest = content_digest(whole)
     source = SourceRange("random", "train", 0, blocks, int(document[-1]) + 1, blocks * length)
     info = CorpusInfo(
-        identity={"sources": {"000": "random"}}, fingerprint=digest, tokenizer="0" * 64,
+        identity={"sources": {"000": "random"}, "blocks_per_part": sizes.part},
+        fingerprint=digest, tokenizer="0" * 64,
         vocab_size=sizes.vocab, block_length=length, blocks=blocks, blocks_per_part=sizes.part,
         sources=(source,), generations=(CorpusGeneration(0, blocks, digest, 1, fingerprint(digest)),),
     )  # fmt: skip

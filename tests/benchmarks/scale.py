@@ -53,7 +53,8 @@ def build(root: Path, parts: int) -> None:
     blocks = parts * BLOCKS_PER_PART
     source = SourceRange("x", "train", 0, blocks, blocks, blocks * BLOCK_LENGTH)
     info = CorpusInfo(
-        identity={"sources": {"000": "x"}}, fingerprint="c" * 64, tokenizer="t", vocab_size=50_000,
+        identity={"sources": {"000": "x"}, "blocks_per_part": BLOCKS_PER_PART}, fingerprint="c" * 64,
+        tokenizer="e" * 64, vocab_size=50_000,
         block_length=BLOCK_LENGTH, blocks=blocks, blocks_per_part=BLOCKS_PER_PART, sources=(source,),
         generations=(CorpusGeneration(0, blocks, "c" * 64, 1, "d" * 64),),
     )  # fmt: skip

@@ -61,6 +61,7 @@ _FOLDER = Path(
 )
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 _T, _K, _V = 4, 3, 300
+_IDENTITY = {"sources": {"000": {}}, "blocks_per_part": 2}
 _SPECS = [
     ArraySpec(dtype, (2, _K, _T), (2, _K, _T), (1, _K, _T), ("block", "entry", "token"))
     for dtype in ("uint16", "uint32", "int32", "float32")
@@ -205,7 +206,9 @@ def arrow(data: bytes) -> None:
         digest = "0" * 64
         source = SourceRange("x", "train", 0, 2, 1, 9)
         generation = CorpusGeneration(0, 2, digest, 1, digest)
-        save_info(folder, CorpusInfo({}, digest, digest, 300, _T, 2, 2, (source,), (generation,)))
+        save_info(
+            folder, CorpusInfo(_IDENTITY, digest, digest, 300, _T, 2, 2, (source,), (generation,))
+        )
     name = object_name(0)
     (folder / name).write_bytes(data)
     vouched = manifest.Manifest("0" * 64, 0, 0, 2, {name: (len(data), bytes_sha256(data))})
@@ -263,8 +266,9 @@ def seeds(name: str) -> list[bytes]:
         made.append(
             b"\xff" + canonical_json({"format": 2, "identity": {"corpus": "c"}, "layout": layout})
         )
-        info = CorpusInfo({}, digest, digest, 300, _T, 2, 2, (SourceRange("x", "train", 0, 2, 1, 9),),
-                          (CorpusGeneration(0, 2, digest, 1, digest),))  # fmt: skip
+        sources = (SourceRange("x", "train", 0, 2, 1, 9),)
+        generations = (CorpusGeneration(0, 2, digest, 1, digest),)
+        info = CorpusInfo(_IDENTITY, digest, digest, 300, _T, 2, 2, sources, generations)
         made.append(b"\0" + canonical_json({"format": 2, **asdict(info)}))
     elif name == "arrow":
         made.append(_arrow_part())

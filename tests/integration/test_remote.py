@@ -21,7 +21,7 @@ from stages.batches import Batch
 from stages.order import Position
 from stages.prefetch import Prefetcher
 from stages.stream import steps_of_batches
-from storage import manifest, remote
+from storage import checked, manifest, remote
 from storage.errors import (
     ConfigError,
     CorruptShard,
@@ -180,6 +180,56 @@ def test_a_flipped_byte_and_a_missing_object_are_refused(
     batches_of(far(pushed, tmp_path / "fetched"))
 
 
+def test_an_object_of_another_size_is_not_fetched(
+    in_memory: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have any, and fill the disk before its sha256 is known."""
+    store = remote._filesystem("memory://lab")
+    key = shard_of(in_memory, "entropy")[0].replace("tests/lab", "/lab")
+    data, fetched, get = store.cat_file(key), list[str](), type(store).get_file
+
+    def seen(self: Any, path: str, *arguments: Any, **named: Any) -> Any:
+        fetched.append(path)
+        return get(self, path, *arguments, **named)
+
+    monkeypatch.setattr(type(store), "get_file", seen)
+    try:
+        store.pipe_file(key, data * 100)
+        with pytest.raises(
+            CorruptShard, match=rf"memory://lab[^$]*found: *{len(data) * 100} bytes"
+        ):
+            batches_of(far(in_memory, tmp_path / "fetched", "memory://lab"))
+    finally:
+        store.pipe_file(key, data)
+    assert fetched and key not in fetched
+
+
+def test_of_json_without_an_end_no_more_is_asked_for(
+    in_memory: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checked, "LARGEST", 10_000)
+    store = remote._filesystem("memory://lab")
+    read, cat = list[int](), type(store).cat_file
+
+    def seen(self: Any, *arguments: Any, **named: Any) -> Any:
+        data = cat(self, *arguments, **named)
+        read.append(len(data))
+        return data
+
+    store.pipe_file("/endless/cache.json", b" " * 1_000_000)
+    monkeypatch.setattr(type(store), "cat_file", seen)
+    with pytest.raises(CorruptShard, match=r"cache\.json"):
+        CacheReader(RemotePath("memory://endless", LocalCache(tmp_path, 1)), "one")
+    assert read == [10_001]
+
+
+def test_an_empty_file_is_damaged_and_no_fault_of_the_store(s3: Any, tmp_path: Path) -> None:
+    """Of which S3 has no range."""
+    s3.pipe_file("tests/empty/cache.json", b"")
+    with pytest.raises(CorruptShard, match=r"cache\.json"):
+        CacheReader(RemotePath("s3://tests/empty", LocalCache(tmp_path, 1)), "one")
+
+
 def test_the_local_cache_stays_bounded(pushed: Lab, tmp_path: Path) -> None:
     """A limit of a few parts: all is read, in two epochs, and the folder never holds more."""
     work = far(pushed, tmp_path / "fetched", reading__local_cache_bytes=60_000)
@@ -200,7 +250,8 @@ def test_pushing_again_sends_no_part_and_a_broken_copy_is_finished(
     pushed: Lab, tmp_path: Path, s3: Any
 ) -> None:
     work = pushed.workspace()
-    again = publish(work, URL)
+    nothing = {"corpus": 0, "cache/one": 0, "cache/two": 0}
+    assert publish(work, URL) == nothing == publish(work, URL, dry_run=True)
     key, data = shard_of(pushed, "head_ids")
     name = next(n for n in s3.ls("tests/lab/cache/one/manifests", detail=False) if "/000000-" in n)
     s3.rm(key)
@@ -208,9 +259,13 @@ def test_pushing_again_sends_no_part_and_a_broken_copy_is_finished(
     with pytest.raises(IncompleteCache, match="parts missing: one: 1 of"):
         far(pushed, tmp_path / "fetched").finished_jobs()
     resent = publish(work, URL)
-    assert resent["cache/one"] > again["cache/one"] + len(data)
-    assert resent["cache/two"] == again["cache/two"] < 100_000
+    assert resent["cache/one"] > len(data) and resent["cache/two"] == 0
     assert s3.cat_file(key) == data
+    whole = "tests/lab/cache/one/cache.json"  # no manifest vouches for it
+    data = s3.cat_file(whole)
+    s3.pipe_file(whole, data[:-1] + b" ")
+    assert publish(work, URL) == {**nothing, "cache/one": len(data)}
+    assert s3.cat_file(whole) == data
 
 
 def test_pushing_over_something_else_is_refused(pushed: Lab, s3: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 import stages.checkpoint
 from pipeline.config import merged
@@ -80,6 +82,46 @@ def test_a_snapshot_is_written_while_the_weights_move_on(
     assert read(tmp_path / "step-00000005") == [1.0, 1.0, 1.0]
     found = latest_checkpoint(tmp_path)
     assert found is not None and found[1]["tokens"] == 11 and read(found[0]) == [2.0, 2.0, 2.0]
+
+
+def test_a_stager_that_serves_once_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.11's, which closes itself whenever it has staged something."""
+    stage = DefaultStager.stage
+
+    def once(self: DefaultStager, *arguments: Any, **named: Any) -> Any:
+        try:
+            return stage(self, *arguments, **named)
+        finally:
+            self.close()
+
+    monkeypatch.setattr(DefaultStager, "stage", once)
+    checkpoints = Checkpoints(tmp_path, ALONE, 2, background=True)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"student": {"w": torch.full((3,), float(step))}}, {})
+    checkpoints.close()
+    assert steps_in(tmp_path) == [2, 3] and read(tmp_path / "step-00000003") == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_kill_while_one_is_dropped_leaves_none_that_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Neither when the oldest goes, nor when a step is saved again that was left for an earlier one."""
+    saved(tmp_path, 1, 2)
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "facts.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        saved(tmp_path, 2 if again else 3, keep=2)
+    for step in steps_in(tmp_path):
+        assert read(tmp_path / f"step-{step:08d}") == [float(step)] * 3
+    saved(tmp_path, 4)
+    assert not list(tmp_path.glob(".step-*")) and 4 in steps_in(tmp_path)
 
 
 def read(folder: Path) -> list[float]:

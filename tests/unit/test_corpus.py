@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from conftest import CHAT_TEMPLATE, Lab, sentences
 from pydantic import ValidationError
 
 from stages.corpus import prepare
-from stages.documents import byte_offsets, is_heldout
+from stages.documents import byte_offsets, is_heldout, source_identity
 from stages.options import CorpusOptions, SourceOptions
 from stages.progress import Silent
+from storage import durable
 from storage.blocks import BlockReader
-from storage.corpus_info import load_info
+from storage.corpus_info import CorpusInfo, SourceRange, load_info
 from storage.errors import CorpusError, CorruptShard, StaleCache
 from storage.fingerprint import HashMemo
 from storage.types import TokenBlocks
@@ -132,6 +134,17 @@ def test_blocks_do_not_mix_sources_and_splits(lab: Lab) -> None:
     y = blocks.document[info.block_ids("train", "y"), :-1]
     assert set(y[y >= 0].tolist()) == set(range(30, 60))
     assert info.domain_of(info.block_ids("train", "y")).tolist() == [1] * len(y)
+
+
+def test_the_domain_of_a_block_does_not_take_longer_with_more_sources() -> None:
+    """It is asked for each batch; a corpus may have 10^5 sources."""
+    count = 4000
+    sources = tuple(SourceRange(f"d{i % 3000}", "train", 2 * i, 2, 1, 1) for i in range(count))
+    info = CorpusInfo({}, "", "", 10, 4, 2 * count, 2, sources, ())
+    began = time.process_time()
+    for _ in range(50):
+        assert info.domain_of(np.array([0, 5999, 6001, 7999])).tolist() == [0, 2999, 0, 999]
+    assert time.process_time() - began < 2
 
 
 def test_all_forms_of_a_source_give_the_same_blocks(lab: Lab) -> None:
@@ -291,3 +304,28 @@ def test_memo_sees_a_changed_file(tmp_path: Path) -> None:
     path.write_text("other")
     assert memo.sha256(path) != first
     assert HashMemo(tmp_path / "memo.json").sha256(path) == memo.sha256(path)
+
+
+def test_a_corpus_of_many_files_is_hashed_in_linear_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memo is written now and then, and at the end; not for each file."""
+    written, write = list[int](), durable.write_bytes
+
+    def seen(path: Path, data: bytes) -> None:
+        written.append(len(data))
+        write(path, data)
+
+    monkeypatch.setattr(durable, "write_bytes", seen)
+    for i in range(500):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    source = SourceOptions(domain="x", format="text", path=str(tmp_path / "*.txt"))
+    memo, began = HashMemo(tmp_path / "memo.json"), time.monotonic()
+    hashes = source_identity(source, "corpus.sources.0", memo)["files"]
+    assert len(written) <= 2 + time.monotonic() - began
+    memo.save()
+    memo.save()
+    assert len(written) <= 3 + time.monotonic() - began
+    monkeypatch.setattr("storage.fingerprint.file_sha256", None)  # nothing is hashed again
+    again = source_identity(source, "corpus.sources.0", HashMemo(tmp_path / "memo.json"))
+    assert again["files"] == hashes and len(set(hashes)) == 500

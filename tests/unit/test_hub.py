@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 from hub_server import TOKEN, Hub, served
+from huggingface_hub import HfApi
 
 from pipeline.hub import push_model, require_new
-from storage.errors import ConfigError, RemoteError
+from storage.errors import ConfigError, CorruptShard, RemoteError
 
 
 @pytest.fixture
@@ -85,3 +88,17 @@ def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, model: Path) -> None:
     hub.refuse["/api/repos/create"] = 403
     with pytest.raises(RemoteError, match="refuses our token"):
         push_model(model, "other/mine", private=False)
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model / "model.safetensors"
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(HfApi, "upload_folder", refused)
+    with pytest.raises(CorruptShard, match=r"cannot be read: Permission denied") as caught:
+        push_model(model, "me/mine", private=False)
+    assert str(path) in str(caught.value) and f"hf upload me/mine {model}" in str(caught.value)

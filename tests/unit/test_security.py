@@ -20,8 +20,10 @@ from fuzz.decoders import DECODERS, seeds, try_one
 from fuzz.forgeries import with_manifest
 from fuzz.targets import TARGETS, Ground, ground_at
 
+from stages.corpus_identity import recorded_width
 from storage import manifest
 from storage.blocks import BlockReader
+from storage.corpus_info import load_begun
 from storage.errors import CorruptShard, ScholiastError
 from storage.fingerprint import canonical_json, fingerprint
 from storage.layout import order_names, pcodec
@@ -130,6 +132,10 @@ def test_a_cache_that_claims_what_cannot_be(cache: Path, changes: dict[str, Any]
         {"blocks": 10**15}, {"blocks_per_part": 2**40}, {"block_length": 2**40}, {"sources": []},
         {"generations": []}, {"vocab_size": -1}, {"tokenizer": 5}, {"sources__0__blocks": 10**9},
         {"sources__0__domain": None}, {"generations__0__blocks": -3}, {"blocks": True},
+        {"identity": {}}, {"identity": {"sources": {}}},
+        {"identity": {"sources": [], "blocks_per_part": 2}},
+        {"identity": {"sources": {}, "blocks_per_part": 2**40}},
+        {"identity": {"sources": {}, "blocks_per_part": "2"}},
     ],
     ids=str,
 )  # fmt: skip
@@ -145,6 +151,21 @@ def test_a_corpus_that_claims_what_cannot_be(corpus: Path, changes: dict[str, An
     signed(corpus / "corpus.json", **flat)
     with pytest.raises(CorruptShard, match=r"corpus\.json states what cannot be"):
         BlockReader(corpus)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [{}, 5, {"sources": {}}, {"sources": [], "blocks_per_part": 2},
+     {"sources": {}, "blocks_per_part": None}, {"sources": {}, "blocks_per_part": True}],
+    ids=str,
+)  # fmt: skip
+def test_a_begun_corpus_that_is_of_nothing(corpus: Path, identity: Any) -> None:
+    """It carries no checksum; what can be told from it is nothing then, and the corpus begins anew."""
+    (corpus / "corpus.json").unlink()
+    body = {"identity": identity, "generations": [(1, fingerprint(identity))]}
+    (corpus / "begun.json").write_bytes(canonical_json(body))
+    assert load_begun(corpus) is None and recorded_width(corpus) is None
+    assert [problem.path for problem in verify(corpus).problems] == ["begun.json"]
 
 
 def test_json_without_an_end_is_not_read_whole(cache: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import Lab, make_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from stages.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint, read_facts
-from stages.model_files import model_identity, parameters
+from stages.model_files import model_identity, parameters, tokenizer_identity
 from stages.ranks import Ranks
-from stages.teacher import load_causal_lm
+from stages.teacher import load_causal_lm, random_causal_lm
 from stages.tokenizer import load_tokenizer
 from storage.errors import CheckpointError, TeacherError
 from storage.fingerprint import HashMemo, bytes_sha256, canonical_json, fingerprint
@@ -49,6 +50,13 @@ def mark(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     make_model(tmp_path / "model", 50, 1, layers=1)
     return tmp_path / "model"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """The weights of another model of the same shape."""
+    make_model(tmp_path / "other", 50, 2, layers=1)
+    return tmp_path / "other/model.safetensors"
 
 
 def load(folder: Path, **more: Any) -> Any:
@@ -92,6 +100,110 @@ def test_an_index_leads_nowhere_else(folder: Path, mark: Path, named: str) -> No
     with pytest.raises(TeacherError, match="index of weights") as told:
         load(folder)
     assert named in str(told.value) and not mark.exists()
+
+
+OTHER_WEIGHTS = {
+    "outside": ("evil.safetensors.index.json", "../other/model.safetensors"),
+    "below": ("sub/w.safetensors", None),
+    "pickle by an index": ("evil.safetensors.index.json", "w.bin"),
+    "pickle": ("adapter_model.bin", None),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WEIGHTS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_configuration_names_no_other_weights(
+    folder: Path, other: Path, way: str, inside: bool
+) -> None:
+    """transformers would load them, while the identity is of those that lie there by their own names."""
+    tensors = load_file(other)
+    for name in ("w.bin", "adapter_model.bin"):
+        torch.save(tensors, folder / name)
+    (folder / "sub").mkdir()
+    (folder / "sub/w.safetensors").write_bytes(other.read_bytes())
+    named, index = OTHER_WEIGHTS[way]
+    if index:
+        text = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, index)})
+        (folder / named).write_text(text)
+    said: dict[str, Any] = {"transformers_weights": named}
+    edit(folder / "config.json", **({"text_config": [said]} if inside else said))
+    for call in (
+        load,
+        lambda folder: model_identity(folder, "teachers.x.model", HashMemo(folder.parent / "h")),
+    ):
+        with pytest.raises(TeacherError, match="in place of its own") as told:
+            call(folder)
+        assert f"transformers_weights: {named}" in str(told.value)
+
+
+def test_no_configuration_is_read_in_place_of_another(folder: Path) -> None:
+    """By that key transformers reads the other file, whose kernels and numbers nobody has looked at."""
+    config = json.loads((folder / "config.json").read_text())
+    other = {**config, "rms_norm_eps": 0.5, "_attn_implementation": "someone/kernel"}
+    (folder / "config.4.0.0.json").write_text(json.dumps(other))
+    edit(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    for call in (load, lambda f: random_causal_lm(f, "student.config", attention="auto")):
+        with pytest.raises(TeacherError, match="in place of its own") as told:
+            call(folder)
+        assert "configuration_files: config.4.0.0.json" in str(told.value)
+
+
+def test_no_tokenizer_is_read_in_place_of_another(lab: Lab) -> None:
+    folder = lab.root / "a"
+    (folder / "tokenizer.4.0.0.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    edit(folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    for call in (
+        load_tokenizer,
+        lambda folder, key: tokenizer_identity(folder, key, HashMemo(lab.root / "h")),
+    ):
+        with pytest.raises(TeacherError, match="in place of its own"):
+            call(folder, "corpus.tokenizer")
+
+
+def test_a_configuration_too_large_to_look_at_is_not_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.checked.LARGEST", 100)
+    with pytest.raises(TeacherError, match="more than 100 bytes"):
+        load(folder)
+
+
+def test_an_index_that_chooses_is_part_of_what_a_cache_is_of(folder: Path, other: Path) -> None:
+    """Of two files with the same tensors it decides which are loaded."""
+    names = list(load_file(other))
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    other.rename(folder / "b.safetensors")
+    memo, index = HashMemo(folder.parent / "h"), folder / "model.safetensors.index.json"
+    told, loaded = [], []
+    for name in ("a.safetensors", "b.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
+        told.append(model_identity(folder, "k", memo))
+        loaded.append(load(folder).get_input_embeddings().weight)
+    assert not torch.equal(*loaded) and told[0] != told[1]
+
+
+@pytest.mark.parametrize("beside", [None, "consolidated.safetensors"])
+def test_an_ordinary_index_is_no_part_of_it(folder: Path, beside: str | None) -> None:
+    """It names all that transformers reads: what shards of another layout, as Mistral's, lie beside them
+    changes nothing, and caches made before keep their identity."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {f"model-{i}.safetensors": names[i::2] for i in range(2)}
+    for shard, own in shards.items():
+        save_file({name: tensors[name] for name in own}, folder / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, own in shards.items() for name in own}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if beside:
+        save_file({"norm.weight": torch.ones(3)}, folder / beside, {"format": "pt"})
+    load(folder)
+    files = {"config.json", *shards, *([beside] if beside else [])}
+    memo = HashMemo(folder.parent / "h")
+    assert set(model_identity(folder, "k", memo)) == files
+    if beside:  # named, it is one that is read
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {**weight_map, "x": beside}}))
+        assert set(model_identity(folder, "k", memo)) == {*files, index.name}
 
 
 def test_an_adapter_is_no_model(folder: Path, mark: Path) -> None:
@@ -177,7 +289,8 @@ def test_code_of_another_repository_cannot_be_recorded(folder: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"_attn_implementation": "someone/kernel"}, {"attn_implementation": "flash_attention_2|x/y:fn"},
-     {"text_config": {"_attn_implementation": "someone/kernel@main"}}],
+     {"text_config": {"_attn_implementation": "someone/kernel@main"}},
+     {"layers": [{"_experts_implementation": "someone/kernel"}]}],
     ids=str,
 )  # fmt: skip
 def test_a_configuration_names_no_kernels(folder: Path, changes: dict[str, Any]) -> None:

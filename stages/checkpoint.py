@@ -97,6 +97,8 @@ def save_checkpoint(
         return {path.name: file_sha256(path) for path in mine if path.exists()}
 
     def commit() -> None:
+        if (root / name).exists():  # of a course that was left
+            _drop(root / name)
         with durable.disk_errors(root):
             (temporary / _FACTS).write_text(json.dumps({**body, "sha256": fingerprint(body)}))
             durable.replace_folder(temporary, root / name)
@@ -115,7 +117,15 @@ def _prune(root: Path, step: int, keep: int) -> None:
     there = _folders(root)
     kept = [number for number in there if number <= step][-keep:]
     for number in there.keys() - set(kept):
-        shutil.rmtree(there[number])
+        _drop(there[number])
+
+
+def _drop(folder: Path) -> None:
+    """Deletes a checkpoint, under another name first: a kill in between leaves none that is not whole."""
+    dropped = folder.with_name(f".{folder.name}.old.tmp")
+    folder.rename(dropped)
+    durable.fsync_folder(folder.parent)
+    shutil.rmtree(dropped)
 
 
 def _folders(root: Path) -> dict[int, Path]:
@@ -139,15 +149,14 @@ class Checkpoints:
         root: their folder.
         ranks: who train together; all of them call the same methods in the same order.
         keep: how many are kept.
-        background: copy the state to memory, and write it in a thread. Costs that memory; at most one
-            is being written at a time, and a failure is raised by the next call.
+        background: copy the state to memory, and write it in a thread. Costs that memory meanwhile; at
+            most one is being written at a time, and a failure is raised by the next call.
     """
 
     def __init__(self, root: Path, ranks: Ranks, keep: int, background: bool) -> None:
         self._root, self._keep = root, keep
         self._ranks = ranks.apart() if background else ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._pending: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -161,7 +170,10 @@ class Checkpoints:
         if self._pool is None:
             save_checkpoint(self._root, step, tensors, *arguments)
             return
-        copies: Any = self._stager.stage(tensors)
+        # A stager for each save: torch 2.11's empties itself after the first (pytorch issue 183413).
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        copies: Any = stager.stage(tensors)
+        stager.close()
         self._pending = self._pool.submit(save_checkpoint, self._root, step, copies, *arguments)
 
     def wait(self) -> None:
@@ -175,7 +187,6 @@ class Checkpoints:
         self.wait()
         if self._pool is not None:
             self._pool.shutdown()
-        self._stager.close()
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import BASELINE, BEFORE, FUSED
 from pipeline.heldout_text import HeldoutText, continuations, sample_prompts
-from pipeline.report import read_metrics
-from pipeline.token_view import token_view
+from pipeline.reporting.report import read_metrics
+from pipeline.reporting.token_view import token_view
 from pipeline.workspace import Workspace
 from stages.teacher_jobs import TeacherJob
 from storage.corpus_info import CorpusInfo

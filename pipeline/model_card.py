@@ -13,12 +13,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipeline.cells import METRICS
 from pipeline.config import FUSED
 from pipeline.gguf import conversion
 from pipeline.licences import NOT_STATED, Licence, stated
-from pipeline.page import render
-from pipeline.plots import OVERALL
+from pipeline.reporting.cells import METRICS
+from pipeline.reporting.page import render
+from pipeline.reporting.plots import OVERALL
 from stages.model_files import parameters
 from stages.target_options import LossOptions
 from stages.teacher_jobs import TeacherJob

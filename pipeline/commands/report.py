@@ -56,7 +56,7 @@ def report(
 
 def _tell_dry_run(as_json: bool, folders: Sequence[Path], out: Path) -> None:
     from pipeline.dry_run import Action
-    from pipeline.report_tables import read_evaluation
+    from pipeline.reporting.report_tables import read_evaluation
 
     for folder in folders:
         read_evaluation(folder)
@@ -100,8 +100,8 @@ def run_folder(run: Path, overrides: Sequence[str]) -> Path:
 
 def _report(folder: Path, out: Path, as_json: bool) -> None:
     from pipeline.console import Console
-    from pipeline.report import summary, write_report
-    from pipeline.report_tables import read_evaluation
+    from pipeline.reporting.report import summary, write_report
+    from pipeline.reporting.report_tables import read_evaluation
 
     files = write_report(folder, out)
     table = summary(read_evaluation(folder))
@@ -125,8 +125,8 @@ def _report(folder: Path, out: Path, as_json: bool) -> None:
 
 
 def _compare(folders: Sequence[Path], out: Path, as_json: bool) -> None:
-    from pipeline.compare_page import write_comparison
     from pipeline.console import Console
+    from pipeline.reporting.compare_page import write_comparison
 
     files, comparison = write_comparison(folders, out)
     if as_json:

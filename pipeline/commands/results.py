@@ -54,9 +54,9 @@ def evaluate(
     Example: scholiast evaluate my.yaml --model other=models/other --json > figures.json
     """
     from pipeline import dry_run as would
-    from pipeline.plots import OVERALL
-    from pipeline.report import summary
-    from pipeline.report_tables import generation, overall, several
+    from pipeline.reporting.plots import OVERALL
+    from pipeline.reporting.report import summary
+    from pipeline.reporting.report_tables import generation, overall, several
 
     work, console = open_workspace(config, overrides, quiet, dry_run)
     if dry_run:

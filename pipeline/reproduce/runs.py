@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import FUSED
-from pipeline.report import read_metrics
+from pipeline.reporting.report import read_metrics
 from pipeline.reproduce.figures import figures_of, notes_figures
 from pipeline.reproduce.harness import Harness
 from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, PINNED, Row

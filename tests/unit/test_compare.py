@@ -13,8 +13,8 @@ import yaml
 from test_report import EVIL, Page, complete, evaluation, write_run
 
 import pipeline
-from pipeline.compare import compare, read_runs, rows_of
-from pipeline.compare_page import write_comparison
+from pipeline.reporting.compare import compare, read_runs, rows_of
+from pipeline.reporting.compare_page import write_comparison
 from storage.errors import ConfigError
 
 Cli = Callable[..., Any]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import curves, plots, report, report_tables
-from pipeline.plots import Line
-from pipeline.report import summary, write_report
+from pipeline.reporting import curves, plots, report, report_tables
+from pipeline.reporting.plots import Line
+from pipeline.reporting.report import summary, write_report
 from storage.errors import CorruptShard, IncompleteCache
 
 TEMPLATES = Path(report.__file__).parent / "templates"

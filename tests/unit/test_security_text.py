@@ -13,8 +13,8 @@ import pytest
 
 from pipeline import console, terminal
 from pipeline.config import load_config
-from pipeline.page import render
-from pipeline.report_tables import trusted
+from pipeline.reporting.page import render
+from pipeline.reporting.report_tables import trusted
 from pipeline.status_text import show_status
 from pipeline.terminal import for_output, harmless
 from pipeline.yaml_text import load_yaml

@@ -14,7 +14,7 @@ from conftest import Lab, build_parts, make_tokenizer
 from whole_caches import dense_logits, model, whole_caches
 
 from pipeline.block_view import Vocabulary
-from pipeline.token_view import CANDIDATES, TokenView, student_rows
+from pipeline.reporting.token_view import CANDIDATES, TokenView, student_rows
 from stages.student import DistilledStudent
 
 ROWS = 20

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from pipeline.curves import TERMS, Curve
+from pipeline.reporting.curves import TERMS, Curve
 
 OVERALL: Final = "overall"
 VARIABLES: Final = (

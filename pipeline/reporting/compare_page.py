@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import plots
-from pipeline.cells import date
-from pipeline.compare import (
+from pipeline.reporting import plots
+from pipeline.reporting.cells import date
+from pipeline.reporting.compare import (
     SHORT,
     STUDENT,
     Comparison,
@@ -23,9 +23,9 @@ from pipeline.compare import (
     rows_of,
     short_name,
 )
-from pipeline.page import render, write_files
-from pipeline.plots import LABEL, OVERALL, Line
-from pipeline.report_tables import ENSEMBLE
+from pipeline.reporting.page import render, write_files
+from pipeline.reporting.plots import LABEL, OVERALL, Line
+from pipeline.reporting.report_tables import ENSEMBLE
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> tuple[dict[str, Path], Comparison]:

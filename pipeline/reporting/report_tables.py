@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.cells import (
+from pipeline.config import BASELINE, BEFORE, FUSED
+from pipeline.reporting.cells import (
     GENERATION,
     METRICS,
     NONE,
@@ -21,8 +22,7 @@ from pipeline.cells import (
     size,
     time,
 )
-from pipeline.config import BASELINE, BEFORE, FUSED
-from pipeline.plots import OVERALL, Line
+from pipeline.reporting.plots import OVERALL, Line
 from stages.weighting import looks_at_gold
 from storage.errors import CorruptShard, IncompleteCache
 

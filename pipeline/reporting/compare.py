@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import report_tables
-from pipeline.cells import GENERATION, METRICS, Cell, Table, count
 from pipeline.config import BASELINE, BEFORE, FUSED
-from pipeline.plots import OVERALL, Line, perplexity
-from pipeline.report import training_curves
-from pipeline.report_tables import ENSEMBLE
+from pipeline.reporting import report_tables
+from pipeline.reporting.cells import GENERATION, METRICS, Cell, Table, count
+from pipeline.reporting.plots import OVERALL, Line, perplexity
+from pipeline.reporting.report import training_curves
+from pipeline.reporting.report_tables import ENSEMBLE
 from storage.errors import ConfigError
 
 _COLOURS: Final = ("fused", "baseline", "teacher-1", "teacher-2", "teacher-3", "teacher-4",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from pipeline.plots import perplexity
+from pipeline.reporting.plots import perplexity
 
 NONE: Final = "–"
 

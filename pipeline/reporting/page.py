@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.cells import count
+from pipeline.reporting.cells import count
 from storage import durable
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"

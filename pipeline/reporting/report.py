@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import yaml
 
-from pipeline import curves, plots, report_tables
-from pipeline.cells import date
 from pipeline.config import BASELINE, BEFORE, FUSED
-from pipeline.page import render, write_files
-from pipeline.plots import OVERALL, perplexity
-from pipeline.report_tables import ENSEMBLE, STUDENTS, Evaluation
+from pipeline.reporting import curves, plots, report_tables
+from pipeline.reporting.cells import date
+from pipeline.reporting.page import render, write_files
+from pipeline.reporting.plots import OVERALL, perplexity
+from pipeline.reporting.report_tables import ENSEMBLE, STUDENTS, Evaluation
 from storage.errors import CorruptShard
 
 _SCRIPTS: Final = ("sort.js", "tokens.js")

@@ -1,0 +1,1 @@
+"""One run or several as a page: HTML, Markdown, JSON."""

@@ -116,7 +116,7 @@ def test_fingerprints_and_names_are_no_markdown() -> None:
             "fingerprints": {"corpus": "x`<script>`\n# y", "caches": {"t`<b>": "`<i>"}},
         },
         "created": "", "summary": {"verdict": "<b>", "rows": [], "note": ""}, "distillation": "",
-        "rows": 0, "metrics": {}, "overall": None, "generation": {}, "weights": {"rows": []},
+        "rows": 0, "metrics": {}, "overall": {"rows": []}, "generation": {}, "weights": {"rows": []},
         "writers": {},
         "stages": {"headers": [], "rows": []}, "sources": {"headers": [], "rows": []}, "config": "`",
         "trusted": "teacher <x>",

@@ -30,6 +30,7 @@ from storage.errors import (
 from storage.fingerprint import bytes_sha256
 from storage.generations import part_of
 from storage.inside import require_inside
+from storage.record_batch import require_sizes
 from storage.remote import RemotePath, Root, open_object
 from storage.types import Int64, TokenBlocks
 
@@ -208,7 +209,10 @@ def _read_part(root: Root, part: int, info: CorpusInfo) -> TokenBlocks:
 
 
 _TODO = "run `scholiast repair` and then `scholiast prepare`: that part is made anew"
-_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError)
+_ARROW_ERRORS = (
+    pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError, StopIteration,
+)  # fmt: skip
+_MAGIC = b"ARROW1\0\0"
 _COLUMNS = {
     "tokens": pa.int32(), "document": pa.int64(), "offset": pa.int64(), "loss_mask": pa.bool_(),
 }  # fmt: skip
@@ -220,25 +224,49 @@ def _decoded(data: bytes, block_ids: Int64, block_length: int) -> TokenBlocks:
     Raises:
         ValueError and what else Arrow raises: the file is not one of ours.
     """
-    file = pa.ipc.open_file(pa.py_buffer(data))
-    width = block_length + 1
+    count, width = len(block_ids), block_length + 1
+    schema, batch_message = _messages(data)
     expected = {name: pa.list_(kind, width) for name, kind in _COLUMNS.items()}
-    found = {field.name: field.type for field in file.schema}
-    if found != {"block_id": pa.int64(), **expected} or file.num_record_batches != 1:
+    if {field.name: field.type for field in schema} != {"block_id": pa.int64(), **expected}:
         raise ValueError("another table")
-    batch = file.get_batch(0)
+    each = count * width
+    require_sizes(
+        batch_message, count,
+        nodes=[count, *(n for _ in _COLUMNS for n in (count, each))],
+        buffers=[_bits(count), 8 * count, *(
+            size for kind in _COLUMNS.values()
+            for size in (_bits(count), _bits(each), _bits(each * kind.bit_width))
+        )],
+    )  # fmt: skip
+    batch = pa.ipc.read_record_batch(batch_message, schema)
     batch.validate(full=True)
-    if batch.num_rows != len(block_ids) or any(column.null_count for column in batch.columns):
+    if batch.num_rows != count or any(column.null_count for column in batch.columns):
         raise ValueError("rows are missing")
     if not np.array_equal(batch.column("block_id").to_numpy(), block_ids):
         raise ValueError("other blocks")
     columns = {}
     for name in _COLUMNS:
         values = batch.column(name).flatten()
-        if values.null_count or len(values) != len(block_ids) * width:
+        if values.null_count or len(values) != each:
             raise ValueError(f"{name}: values are missing")
         columns[name] = np.array(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
     return TokenBlocks(block_ids, **columns)
+
+
+def _messages(data: bytes) -> tuple[pa.Schema, pa.Message]:
+    """Returns the schema and the only record batch of an Arrow file, which is not decompressed."""
+    buffer = pa.py_buffer(data)
+    if pa.ipc.open_file(buffer).num_record_batches != 1:
+        raise ValueError("another table")
+    # The footer may name any place: what is looked at and what is read are the same messages.
+    messages = pa.ipc.MessageReader.open_stream(buffer.slice(len(_MAGIC)))
+    schema = pa.ipc.read_schema(messages.read_next_message())
+    return schema, messages.read_next_message()
+
+
+def _bits(count: int) -> int:
+    """Returns the bytes of so many bits."""
+    return -(-count // 8)
 
 
 def _corrupt(path: Root, what: str) -> CorruptShard:

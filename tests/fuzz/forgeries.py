@@ -28,7 +28,7 @@ def forge(draw: Draw, root: Path) -> Files:
     if (root / "cache.json").exists():
         ways += [_chunks, _index, _codes, _orders, _zarr, _beside]
     else:
-        ways += [_arrow, _arrow]
+        ways += [_arrow, _arrow, _bomb]
     return draw(st.sampled_from(ways))(draw, root)
 
 
@@ -224,3 +224,28 @@ def _arrow(draw: Draw, root: Path) -> Files:
     ) as out:
         out.write_table(table, max_chunksize=chunk)
     return with_manifest(root, {name: sink.getvalue()}, manifest)
+
+
+def _bomb(draw: Draw, root: Path) -> Files:
+    """A few kB of Arrow that stand for far more rows."""
+    manifest, name = _vouched_file(draw, root)
+    with pa.ipc.open_file(pa.py_buffer((root / name).read_bytes())) as file:
+        width = file.schema.field("tokens").type.list_size
+    codec = draw(st.sampled_from(["zstd", "lz4"]))
+    return with_manifest(
+        root, {name: bomb(width, draw(st.sampled_from([10, 10**6])), codec)}, manifest
+    )
+
+
+def bomb(width: int, rows: int, codec: str = "zstd") -> bytes:
+    """Returns a sound Arrow part of nothing but zeros: rows of `width` tokens."""
+    columns = {"block_id": pa.array(np.zeros(rows, np.int64))}
+    kinds = {"tokens": np.int32, "document": np.int64, "offset": np.int64, "loss_mask": bool}
+    for name, kind in kinds.items():
+        zeros = pa.array(np.zeros(rows * width, kind))
+        columns[name] = pa.FixedSizeListArray.from_arrays(zeros, width)
+    batch, sink = pa.record_batch(columns), io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_file(sink, batch.schema, options=options) as out:
+        out.write_batch(batch)
+    return sink.getvalue()

@@ -3,6 +3,7 @@ nothing outside the folder is read as its own or deleted. And a few seconds of `
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,17 +14,18 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 import pytest
 from fuzz.artefacts import build, digest_of
 from fuzz.cases import run_cases
 from fuzz.decoders import DECODERS, seeds, try_one
-from fuzz.forgeries import with_manifest
+from fuzz.forgeries import bomb, with_manifest
 from fuzz.targets import TARGETS, Ground, ground_at
 
 from stages.corpus_identity import recorded_width
 from storage import manifest
 from storage.blocks import BlockReader
-from storage.corpus_info import load_begun
+from storage.corpus_info import load_begun, load_info
 from storage.errors import CorruptShard, ScholiastError
 from storage.fingerprint import canonical_json, fingerprint
 from storage.layout import order_names, pcodec
@@ -291,10 +293,6 @@ def test_a_cache_may_lie_behind_a_link_itself(cache: Path, tmp_path: Path) -> No
 
 def test_tokens_that_the_tokenizer_does_not_know(corpus: Path) -> None:
     """An embedding would be asked for a row that it does not have: on a GPU the end of its context."""
-    import io
-
-    import pyarrow as pa
-
     path = min((corpus / "blocks").iterdir())
     table = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all()
     kind = table.column("tokens").type
@@ -311,6 +309,33 @@ def test_tokens_that_the_tokenizer_does_not_know(corpus: Path) -> None:
         file.write_bytes(data)
     with pytest.raises(CorruptShard, match="tokens that the tokenizer does not know"):
         BlockReader(corpus).read([0])
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("lie", [None, "rows", "buffers"])
+def test_a_part_is_not_decompressed_to_more_than_its_blocks(
+    corpus: Path, codec: str, lie: str | None
+) -> None:
+    """Whether it has more rows, and says so, or only a buffer that has more bytes than its rows have."""
+    info = load_info(corpus)
+    assert info is not None
+    width, most = info.block_length + 1, 10_000
+    name = f"blocks/{min(path.name for path in (corpus / 'blocks').iterdir())}"
+    data = bomb(width, most, codec)
+    if lie:  # the metadata have the part's rows, the buffers stay what they are
+        rows = info.part_range(0)[1]
+        numbers = [(most, rows)] + ([(most * width, rows * width)] if lie == "buffers" else [])
+        for old, new in numbers:
+            assert old.to_bytes(8, "little") in data
+            data = data.replace(old.to_bytes(8, "little"), new.to_bytes(8, "little"))
+    first = min((corpus / "manifests").iterdir())
+    for file, written in with_manifest(corpus, {name: data}, first).items():
+        assert written is not None
+        file.write_bytes(written)
+    before, peak = pa.total_allocated_bytes(), pa.default_memory_pool().max_memory()
+    with pytest.raises(CorruptShard, match=r"cannot be read: (another number of rows|a buffer of)"):
+        BlockReader(corpus).read([0])
+    assert pa.default_memory_pool().max_memory() <= max(peak, before + 10_000)
 
 
 def test_memory_and_hashes_of_others_are_no_ground_to_stop(

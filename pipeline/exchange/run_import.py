@@ -167,4 +167,5 @@ def _reading(
     if request.kind == "topk-jsonl":
         source |= {"values": request.values, "keys": request.keys}
         source["tokens"] = work.memo.sha256(request.tokens) if request.tokens else None
+    work.memo.save()
     return reading, source

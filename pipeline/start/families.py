@@ -10,9 +10,12 @@ from storage.errors import ConfigError
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
 
+_OF_OUR_OWN = ("demo", "evidence")  # they make their own models
+
+
 def names() -> list[str]:
-    """Returns the families there are; the demonstration is none, since it makes its own models."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "demo")
+    """Returns the families there are."""
+    return sorted({path.stem for path in FOLDER.glob("*.yaml")}.difference(_OF_OUR_OWN))
 
 
 def family(name: str) -> dict[str, Any]:

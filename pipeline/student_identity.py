@@ -24,6 +24,9 @@ _SAME_STUDENT = {
 }  # fmt: skip
 """Keys of `train` that do not decide what is learned."""
 
+_SAME_LOSS = {"chunk_bytes", "chunk_tokens"}
+"""Keys of `loss` that do not: memory, not meaning."""
+
 
 def student_identity(
     work: Workspace, name: str, loss: LossOptions, info: CorpusInfo, jobs: list[TeacherJob]
@@ -42,7 +45,7 @@ def student_identity(
         "caches": caches,
         "student": {"files": _student_files(work), **student},
         "fusion": config.fusion.model_dump(mode="json") if fused else {},
-        "loss": loss.model_dump(mode="json"),
+        "loss": loss.model_dump(mode="json", exclude=_SAME_LOSS),
         "feature_pairs": [
             {"student": ours, "teacher": name, "layer": theirs}
             for ours, name, theirs in feature_pairs(work, loss, jobs)

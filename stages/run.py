@@ -121,6 +121,9 @@ def require_identity(run: Run, found: Any, where: Path) -> None:
         CheckpointError: says which settings differ.
     """
     found = found if isinstance(found, dict) else {}
+    if isinstance(found.get("loss"), dict):  # memory, not meaning: earlier versions named them
+        loss = {k: v for k, v in found["loss"].items() if k not in ("chunk_bytes", "chunk_tokens")}
+        found = {**found, "loss": loss}
     if fingerprint(found) != fingerprint(run.identity):
         ours, theirs = describe_differences(run.identity, found)
         options = settings_of(run.identity, found)

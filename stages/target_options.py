@@ -178,7 +178,7 @@ class LossOptions(Options):
     chunk_bytes: Count | None = Field(
         None,
         description="Memory of one chunk of logits; memory and time, not meaning. By default 96 MiB on a "
-        "CPU, 1 GiB on a GPU.",
+        "CPU, 512 MiB on a GPU.",
     )
 
     @model_validator(mode="after")

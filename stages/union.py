@@ -75,7 +75,7 @@ def merge(target: FusedTarget, dtype: torch.dtype) -> UnionTarget:
         ids=ids[:, :1].expand_as(ids).scatter(-1, run, ids),
         kept=torch.arange(run.shape[1], device=ids.device) <= run[:, -1:],
         p=torch.zeros_like(weighted).scatter_add_(-1, run, weighted),
-        absent=absent.view(count, teachers, -1).transpose(0, 1),
+        absent=absent.view(count, teachers, run.shape[1]).transpose(0, 1),
         tail=w * tail, known=(w * entropy).sum(0),
         vocab_size=target.vocab_size, temperature=target.temperature,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from storage.errors import ScholiastError
 
 if TYPE_CHECKING:
     from pipeline.dry_run import Action
-    from pipeline.launch.steps import Step
+    from pipeline.launch.steps import Call, Step
     from pipeline.tasks import Task
     from pipeline.workspace import Workspace
 
@@ -60,6 +60,21 @@ def launch() -> None:
     """
 
 
+def _call(work: Workspace, config: Path, overrides: Sequence[str]) -> Call:
+    """Returns how jobs call; what this machine chose (auto) is said, so that all nodes do the same."""
+    from pipeline.config import settled
+    from pipeline.launch.steps import Call
+
+    told = settled(config, overrides)
+    if told:
+        options = " ".join(f"--set {text}" for text in told)
+        work.progress.say(
+            f"auto is what this machine takes: {options} (for other nodes give other ones, here and to "
+            "later commands)"
+        )
+    return Call.here(config, [*overrides, *told])
+
+
 @launch.command()
 @click.option("--submit", "submitting", is_flag=True, help="Also submit them.")
 @click.option("--cache-only", is_flag=True, help="Stage one alone.")
@@ -80,7 +95,7 @@ def slurm(
     """
     from pipeline.dry_run import done
     from pipeline.launch.slurm import submit, write_scripts
-    from pipeline.launch.steps import Call, missing_steps
+    from pipeline.launch.steps import missing_steps
 
     work, _ = open_workspace(config, overrides, quiet, dry_run)
     steps, notes = missing_steps(work, cache_only)
@@ -90,7 +105,7 @@ def slurm(
         would = [_would_launch(work, step, submitting) for step in steps]
         tell_actions(as_json, would or [done(_NOTHING)])
         return
-    paths = write_scripts(work, steps, Call.here(config, overrides)) if steps else {}
+    paths = write_scripts(work, steps, _call(work, config, overrides)) if steps else {}
     told = submit(work, steps, paths) if submitting and steps else {}
     facts = {
         step.name: {"script": str(paths[step.name]), "tasks": step.tasks, "after": step.after,
@@ -129,13 +144,13 @@ def kubernetes(
     import yaml
 
     from pipeline.launch.kubernetes import manifests
-    from pipeline.launch.steps import Call, missing_steps
+    from pipeline.launch.steps import missing_steps
 
     work, _ = open_workspace(config, overrides, quiet, dry_run)
     steps, notes = missing_steps(work)
     for note in notes:
         work.progress.say(note)
-    made = manifests(work, steps, Call.here(config, overrides))
+    made = manifests(work, steps, _call(work, config, overrides))
     if as_json:
         click.echo(json.dumps({"apiVersion": "v1", "kind": "List", "items": made}, indent=1))
     else:
@@ -160,7 +175,6 @@ def local(
     """
     from pipeline import dry_run as would
     from pipeline.launch.local import run_pool
-    from pipeline.launch.steps import Call
 
     work, _ = open_workspace(config, overrides, quiet, dry_run)
     if dry_run:
@@ -168,7 +182,7 @@ def local(
         logs = would.Action("keep the tasks' output", (str(work.config.run / "launch" / "logs"),))
         tell_actions(as_json, [*actions, logs])
         return
-    run_pool(work, Call.here(config, overrides), workers)
+    run_pool(work, _call(work, config, overrides), workers)
     if left := sum(len(job.pending) for job in work.jobs(work.prepare())):
         raise ScholiastError(
             f"the pool has ended, and {left} parts are not finished",

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import settled
 from pipeline.console import duration
 from pipeline.launch.options import Resources
 from pipeline.planning.fits import context_problems, shorter_parts
@@ -62,8 +61,7 @@ class Call:
 
     @classmethod
     def here(cls, config: Path, overrides: Sequence[str]) -> Call:
-        """Returns the call; what this machine chose (auto) is said, so that all nodes do the same."""
-        return cls(config.resolve(), (*overrides, *settled(config, overrides)), Path.cwd())
+        return cls(config.resolve(), tuple(overrides), Path.cwd())
 
     def arguments(self, command: Sequence[str]) -> list[str]:
         """Returns the words after `scholiast`."""

@@ -63,8 +63,8 @@ def _first(peak: Peak) -> list[tuple[str, int]]:
 def _remedy(peak: Peak) -> str:
     if peak.what == "student":
         return (
-            "lower train.batch_blocks (and raise train.accumulate), set train.gradient_checkpointing, "
-            "or train.parallel: fsdp with more ranks"
+            "lower train.batch_blocks (and raise train.accumulate), or loss.chunk_bytes, set "
+            "train.gradient_checkpointing, or train.parallel: fsdp with more ranks"
         )
     return (
         f"lower {peak.what}.batch_blocks or store.chunk_tokens, or set {peak.what}.device_map: auto"

@@ -146,6 +146,8 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
         "head's input and its gradient": 3 * 4 * tokens * shape.hidden,
         # Of a step's first batch it becomes the gradient itself, which a CPU's sum has already.
         "head's gradient": 4 * shape.head if head_trained and (gpu or micro > 1) else 0,
+        "head in bfloat16": 2 * shape.head if gpu and bf16 else 0,
+        "targets merged": 64 * tokens * len(config.fused_teachers) * (entries + store.drawn) * gpu,
         "logits chunk": 4 * chunk * shape.vocab,
         "loss of a chunk": 4 * (chunk if gpu else 16) * shape.vocab
         * (1 if loss.temperature == 1.0 else 3),

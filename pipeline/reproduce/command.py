@@ -37,13 +37,16 @@ if TYPE_CHECKING:
 )
 @click.option("--keep", is_flag=True, help="Keep the students' models.")
 @click.option("--write-results", "page", type=click.Path(dir_okay=False, path_type=Path),
-              help="Run nothing; write this page, and its plots beside it, of what is done.")  # fmt: skip
+              help="Run nothing; write this page, plots and raw runs of what is done.")  # fmt: skip
+@click.option("--take", "elsewhere", multiple=True,
+              type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Count runs finished elsewhere: the JSON beside their page. Repeatable.")  # fmt: skip
 @json_option
 @run_options
 def reproduce(
     config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int, tasks: int,
-    folder: Path, dry_run: bool, keep: bool, page: Path | None, overrides: Sequence[str],
-    quiet: bool, debug: bool, as_json: bool,
+    folder: Path, dry_run: bool, keep: bool, page: Path | None, elsewhere: Sequence[Path],
+    overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make the evidence: train every row of the tables for several seeds, and compare.
 
@@ -57,7 +60,7 @@ def reproduce(
     """
     from pipeline.console import Console
     from pipeline.reproduce.harness import Harness
-    from pipeline.reproduce.runs import share, tasks_of
+    from pipeline.reproduce.runs import share, take_runs, tasks_of
 
     console = Console(quiet)
     click.get_current_context().find_root().obj = console
@@ -65,6 +68,9 @@ def reproduce(
         raise click.BadParameter(f"shares go from 0 to {tasks - 1}", param_hint="--task")
     harness = Harness(config, overrides, folder, steps, console)
     rows = chosen(harness, tables, names)
+    if not dry_run:
+        for path in elsewhere:
+            console.say(f"{take_runs(harness, path, seeds)} runs taken from {path}")
     mine = share(tasks_of(harness, rows, seeds), task, tasks)
     if dry_run:
         show_plan(console, harness, mine, as_json)
@@ -141,7 +147,7 @@ def save_results(harness: Harness, seeds: int, page: Path) -> None:
     """Writes results.json and about.json of every finished run, and the page with its plots."""
     from pipeline.reproduce.drawings import draw
     from pipeline.reproduce.page import load_results, write_page
-    from pipeline.reproduce.runs import collect, describe
+    from pipeline.reproduce.runs import collect, describe, finished_runs
     from storage import durable
 
     raw = collect(harness, harness.rows, seeds)
@@ -149,6 +155,8 @@ def save_results(harness: Harness, seeds: int, page: Path) -> None:
     durable.write_bytes(folder / "results.json", json.dumps(raw, indent=0).encode())
     about = describe(harness, seeds)
     durable.write_bytes(folder / "about.json", json.dumps(about, indent=1).encode())
+    runs = json.dumps(finished_runs(harness, seeds), indent=0).encode()
+    durable.write_bytes(page.with_suffix(".json"), runs)
     results, about = load_results(folder)
     groups = {(row.table, row.name): row.group for row in harness.rows}
     write_page(results, about, page, draw(results, page.parent, groups))

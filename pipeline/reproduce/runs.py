@@ -22,6 +22,7 @@ from pipeline.reproduce.harness import Harness
 from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, PINNED, Row
 from pipeline.workspace import Workspace
 from storage import durable
+from storage.errors import ConfigError
 
 FIGURES = "figures.json"
 PACKAGES = ("scholiast", "torch", "transformers")
@@ -198,6 +199,51 @@ def collect(harness: Harness, rows: Sequence[Row], seeds: int) -> list[dict[str,
                     for m, v in read_figures(task)["metrics"].items()
                 ]
     return raw
+
+
+def finished_runs(harness: Harness, seeds: int) -> list[dict[str, Any]]:
+    """Returns {run: folder's name, figures: what it found} of every finished run."""
+    tasks = tasks_of(harness, harness.rows, seeds)
+    return [{"run": t.folder.name, "figures": read_figures(t)} for t in tasks if t.done]
+
+
+def take_runs(harness: Harness, path: Path, seeds: int) -> int:
+    """Takes runs that were finished elsewhere; those of other settings or seeds are no runs of ours.
+
+    Args:
+        path: of a file of `finished_runs`.
+
+    Returns:
+        How many were taken; what is finished here stays as it is.
+
+    Raises:
+        ConfigError: the file is none of these.
+    """
+    try:
+        read = json.loads(path.read_text())
+        given = {one["run"]: one["figures"] for one in read}
+        whole = isinstance(read, list) and all(
+            isinstance(figures["metrics"], dict) and {"seconds", "machine", "steps"} <= set(figures)
+            and all(isinstance(value, int | float) for value in figures["metrics"].values())
+            for figures in given.values()
+        )  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ConfigError(
+            "finished runs cannot be read", where=path, expected="the JSON that --write-results writes",
+            todo="name the file beside another machine's page",
+        )  # fmt: skip
+    taken = 0
+    for task in tasks_of(harness, harness.rows, seeds):
+        if task.folder.name not in given or task.done:
+            continue
+        with claimed(task.folder) as mine:
+            if mine:
+                found = json.dumps(given[task.folder.name], indent=1).encode()
+                durable.write_bytes(task.folder / FIGURES, found)
+                taken += 1
+    return taken
 
 
 def seconds_by_kind(tasks: Collection[Task]) -> dict[tuple[str, int], float]:

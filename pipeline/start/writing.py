@@ -65,7 +65,14 @@ def _commented(line: str, comment: str | None) -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
-    )
+    text = _dump(value, plain=True)
+    if set(text) & set("\x85\u2028\u2029"):  # breaks of lines, which YAML would read back as spaces
+        text = _dump(value, plain=False)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _dump(value: Any, plain: bool) -> str:
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=plain, width=10**6
+    )
+    return text

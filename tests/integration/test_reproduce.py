@@ -17,9 +17,10 @@ from pipeline.reproduce.harness import Harness
 from pipeline.reproduce.online import fuse
 from pipeline.reproduce.results import Results, Spread, answers
 from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
-from pipeline.reproduce.runs import FIGURES, claimed, perform, share, tasks_of
+from pipeline.reproduce.runs import FIGURES, claimed, perform, share, take_runs, tasks_of
 from stages.progress import Silent
 from stages.weighting import looks_at_gold
+from storage.errors import ConfigError
 
 FEW = (CE, ENTROPY, FULL, ONLINE, ENSEMBLE)
 
@@ -73,8 +74,25 @@ def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
     text = (lab.root / "page/RESULTS.md").read_text()
     assert "## The claims" in text and "(results-approaches.svg)" in text
     assert (lab.root / "page/results-approaches.svg").read_text().startswith("<?xml")
+    taken = command(
+        lab, cli, "--take", lab.root / "page/RESULTS.json", "--folder", lab.root / "there"
+    )
+    assert taken.exit_code == 0, taken.output
+    there = {path.name for path in (lab.root / "there").glob("runs/*/*")}
+    assert there == {FIGURES, ".lock"}, "nothing was trained again"
+    assert json.loads((lab.root / "there/results.json").read_text()) == raw
     left = {path.name for path in evidence.glob("runs/*/students/*/*")}
     assert left == {"metrics.jsonl"}, "checkpoints and models are not kept"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '[{"run": "a", "figures": {"metrics": {"ce": "x"}}}]', '[{"run": 1}]']
+)
+def test_what_is_no_list_of_runs_is_refused(lab: Lab, text: str) -> None:
+    path = lab.root / "runs.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="finished runs cannot be read"):
+        take_runs(harness_of(lab), path, 1)
 
 
 def test_a_killed_run_goes_on_and_finished_ones_are_not_repeated(

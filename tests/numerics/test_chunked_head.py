@@ -105,6 +105,16 @@ def test_equals_plain_losses(
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("passes")
+def test_no_rows_cost_nothing() -> None:
+    """As of a block of a long prompt, none of whose tokens is a target."""
+    hidden, head, gold = make()
+    target = sparse_target(dense_teachers(torch.Generator().manual_seed(2)), K)
+    ours = chunked_loss(hidden[:0], head, gold[:0], target.rows(0, 0), 0.3, 0.7, 4)
+    assert float(ours.total.detach()) == 0.0
+    assert not any(bool(mine.any()) for mine in gradients(ours.total, head, hidden))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_whole_vocabulary_is_the_dense_kl_to_the_mixture(temperature: float) -> None:
     """With k = V the sparse loss has the dense KL's value, and the mixture KL's gradient."""

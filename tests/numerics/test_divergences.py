@@ -331,7 +331,7 @@ def test_ranking_is_told_by_row() -> None:
 def test_a_chunk_fits_its_budget() -> None:
     assert loss_rows(49_152, "cpu", None) == 512
     assert loss_rows(151_936, "cpu", None) == 165
-    assert loss_rows(151_936, "cuda", None) == 1_766
+    assert loss_rows(151_936, "cuda", None) == 883
     assert loss_rows(151_936, "cuda", 96 << 20) == 165
     assert loss_rows(10**9, "cpu", 1) == 1
     assert loss_rows(49_152, "cpu", 1, 7) == 7

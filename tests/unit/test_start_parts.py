@@ -77,6 +77,11 @@ def test_what_is_rendered_reads_back(config: dict[str, Any], data: st.DataObject
     assert yaml.safe_load(render(config, comments, ["top: line", ""])) == config
 
 
+def test_line_breaks_of_unicode_read_back() -> None:
+    config = {"name": "a\x85b\u2028c\u2029", "corpus": {"sources": [{"path": "\x85"}]}}
+    assert yaml.safe_load(render(config, {}, [])) == config
+
+
 def test_comments_stand_beside_their_lines_or_above() -> None:
     config = {"name": "x", "corpus": {"sources": [{"path": "p" * 90}]}, "loss": {"alpha": 0.9}}
     comments = {"corpus.sources.0": "long line", "loss.alpha": "share", "gone": "?"}

@@ -98,6 +98,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_full_disk_at_every_stage_of_a_part(
     lab: Lab, cli: Cli, small_disk: Callable[[str], Path]
 ) -> None:

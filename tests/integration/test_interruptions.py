@@ -58,6 +58,7 @@ def test_killed_cache_goes_on_and_ends_the_same(lab: Lab, cli: Cli, cached_parts
     assert digests(folder / "corpus") == digests(undisturbed / "corpus")
 
 
+@pytest.mark.long
 def test_killed_training_reaches_the_same_weights(lab: Lab, cli: Cli) -> None:
     """With dropout, so that the random state has to survive too."""
     settings = json.loads((lab.root / "a/config.json").read_text())
@@ -90,6 +91,7 @@ def test_killed_training_reaches_the_same_weights(lab: Lab, cli: Cli) -> None:
     assert rows(folder / "metrics.jsonl") == rows(other)
 
 
+@pytest.mark.long
 def test_interrupt_says_how_to_go_on(lab: Lab, cli: Cli) -> None:
     config = lab.write(train__steps=2000)
     succeed(cli, "cache-teachers", config)

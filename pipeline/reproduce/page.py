@@ -33,7 +33,6 @@ from pipeline.reproduce.rows import (
 )
 from storage import durable
 
-FINDINGS: Final = Path(__file__).with_name("findings.md")
 NAMES: Final = {
     "perplexity": "perplexity", "kd": "distillation loss", "ce": "cross-entropy", "ece": "ECE",
     "bleu": "BLEU", "rouge_l": "ROUGE-L", "answer_rouge_l": "ROUGE-L of answers", "accuracy": "accuracy",
@@ -74,12 +73,13 @@ def write_page(
 
     Args:
         about: of `describe` (see command.py).
-        path: of the page.
+        path: of the page; what people found stands beside it, in STEM-findings.md, if it does.
         pictures: table → file name of its plot, beside the page.
     """
     parts = ["# Results", _head(about)]
-    if FINDINGS.exists():
-        parts.append(FINDINGS.read_text().strip())
+    findings = path.with_name(f"{path.stem}-findings.md")
+    if findings.exists():
+        parts.append(findings.read_text(encoding="utf-8").strip())
     if any(results.rows):
         parts.append(_claims(results))
     for table in HEADINGS:

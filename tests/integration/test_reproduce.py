@@ -69,10 +69,14 @@ def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
     assert found.seeds("sensitivity", "tau 1.0", "kd/overall") == found.seeds(
         "approaches", ENTROPY, "kd/overall"
     )
+    (lab.root / "page").mkdir()
+    (lab.root / "page/RESULTS-findings.md").write_text("## Findings\n\nOne é.\n", encoding="utf-8")
     page = command(lab, cli, "--write-results", lab.root / "page/RESULTS.md")
     assert page.exit_code == 0
     text = (lab.root / "page/RESULTS.md").read_text()
-    assert "## The claims" in text and "(results-approaches.svg)" in text
+    assert (
+        "\n\n## Findings\n\nOne é.\n\n## The claims" in text and "(results-approaches.svg)" in text
+    )
     assert (lab.root / "page/results-approaches.svg").read_text().startswith("<?xml")
     taken = command(
         lab, cli, "--take", lab.root / "page/RESULTS.json", "--folder", lab.root / "there"

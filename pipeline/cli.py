@@ -47,7 +47,7 @@ def main() -> None:
     verify, repair  every byte checked, bad parts dropped; inspect: what a cache holds
     reproduce       the method's evidence: many small runs, compared over several seeds
 
-    Every command can be interrupted and run again: it goes on where it stopped.
+    Every command can be interrupted and run again: it goes on where it stopped (evaluate begins anew).
 
     \b
     Example:

@@ -122,21 +122,23 @@ def train_student(work: Workspace) -> list[Action]:
     Raises:
         IncompleteCache, StaleCache, CheckpointError: as the command would.
     """
-    from stages.run import finished
+    from stages.checkpoint import latest_checkpoint
+    from stages.run import finished, require_identity
 
     actions = []
     for name, run in work.runs(*work.finished_jobs()).items():
         if finished(run):
             actions.append(done(f"student {name!r}, {run.steps} steps in {run.model_folder}"))
             continue
+        begun = latest_checkpoint(run.folder / "checkpoints")
+        if begun is not None:
+            require_identity(run, begun[1].get("identity"), begun[0])
         first = newest_step(run.folder) + 1
         places = ("metrics.jsonl", "checkpoints", "model")
-        actions.append(
-            Action(
-                f"train student {name!r}: steps {first} to {run.steps}",
-                tuple(str(run.folder / place) for place in places),
-            )
-        )
+        left = f"train student {name!r}: steps {first} to {run.steps}"
+        if first > run.steps:
+            left = f"export student {name!r}, which is trained"
+        actions.append(Action(left, tuple(str(run.folder / place) for place in places)))
     return actions
 
 

@@ -78,8 +78,8 @@ class ScholiastGroup(HintingGroup):
             if first_rank():
                 click.echo(harmless(stopped), err=True)
             ctx.exit(stopped.exit_code)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click ends quietly where nobody reads on (| head)
         except Exception as error:
             if self._debug:
                 raise

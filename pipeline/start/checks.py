@@ -131,13 +131,21 @@ def devices(device: str = "auto") -> list[Check]:
 
 def _bf16(device: str, area: str) -> Check:
     rates = machine.measure(device)
+    told = (
+        f"{rates.gain:.1f} times as fast"
+        if rates.gain >= 1
+        else f"{1 / rates.gain:.1f} times slower"
+    )
     found = (
-        f"{rates.gain:.1f} times as fast as fp32: {rates.bf16 / 1e9:,.0f} against "
-        f"{rates.fp32 / 1e9:,.0f} GFLOP/s ({rates.method})"
+        f"{told} {'as' if rates.gain >= 1 else 'than'} fp32: {rates.bf16 / 1e9:,.1f} against "
+        f"{rates.fp32 / 1e9:,.1f} GFLOP/s ({rates.method})"
     )
     if rates.gain >= 1:
         return Check(area, "bf16", OK, found)
-    todo = "set train.precision: fp32 and teachers.NAME.dtype: float32 (twice the memory)"
+    todo = (
+        "where they are not so yet, set train.precision: fp32 and teachers.NAME.dtype: float32 (twice "
+        "the memory)"
+    )
     return Check(area, "bf16", WARN, found, todo)
 
 

@@ -8,6 +8,8 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +108,26 @@ def test_damaged_checkpoint(lab: Lab, cli: Cli) -> None:
     refused(cli("train-student", config), path.name, "older step-* folder")
     (folder / "checkpoints/latest").write_text("step-00000004")
     assert cli("train-student", config).exit_code == 0
+
+
+@pytest.mark.after("train-student")
+def test_a_dry_run_refuses_a_checkpoint_of_other_settings(lab: Lab, cli: Cli) -> None:
+    shutil.rmtree(lab.root / "run/students/fused/model")
+    told = cli("train-student", lab.write(), "--dry-run")
+    assert told.exit_code == 0 and "export student 'fused'" in told.output, told.output
+    for more in (["--dry-run"], []):
+        result = cli("train-student", lab.write(), "--set", "train.lr=0.5", *more)
+        refused(result, "student of other settings", "train.lr")
+
+
+@pytest.mark.after("cache-teachers")
+def test_a_reader_that_goes_away_is_no_error(lab: Lab) -> None:
+    """`scholiast inspect … | head` ends quietly."""
+    words = [sys.executable, "-m", "pipeline.cli", "inspect", lab.write()]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
 
 
 @pytest.mark.after("cache-teachers")

@@ -2,8 +2,8 @@
 
 Text: CPython's language reference and library sources (of the interpreter that runs this, so
 another Python gives other text) and the King James Bible. Teachers: SmolLM2-135M-Instruct, 4-bit
-weights written as bfloat16, and two specialists made from it (of `demo` in a minute or a few each on
-two cores, of `demo-large` ten times that, on a GPU in seconds). Each asset is written beside its
+weights written as bfloat16, and two specialists made from it (of `demo` in one to six minutes each on
+two cores; of `demo-large`, with ten times their text, on a GPU). Each asset is written beside its
 place, flushed and renamed: a killed run leaves nothing or a whole asset, and the next run builds only
 what is missing. Downloads 95 MB, keeps 0.9 GB.
 """

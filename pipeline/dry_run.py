@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.console import human_bytes
-from pipeline.status import newest_step
 from pipeline.workspace import Workspace
 from storage import manifest
 from storage.remote import require_local
@@ -130,10 +129,11 @@ def train_student(work: Workspace) -> list[Action]:
         if finished(run):
             actions.append(done(f"student {name!r}, {run.steps} steps in {run.model_folder}"))
             continue
-        begun = latest_checkpoint(run.folder / "checkpoints")
+        begun, first = latest_checkpoint(run.folder / "checkpoints"), 1
         if begun is not None:
-            require_identity(run, begun[1].get("identity"), begun[0])
-        first = newest_step(run.folder) + 1
+            folder, facts = begun
+            require_identity(run, facts.get("identity"), folder)
+            first += int(facts["step"])
         places = ("metrics.jsonl", "checkpoints", "model")
         left = f"train student {name!r}: steps {first} to {run.steps}"
         if first > run.steps:

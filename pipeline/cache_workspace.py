@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from stages.model_files import at_hand, locate, parameters, present
+from stages.model_files import at_hand, locate, parameters, present, read_config
+from stages.model_safety import weight_files
 from stages.part_log import measured
 from stages.progress import Progress
 from stages.shares import Outcome, Share
@@ -123,6 +124,8 @@ class CacheWorkspace:
         """
         require_local(self.config.cache_folder, "cache_dir")
         self.require_teachers(teachers)
+        self.ensure_assets()
+        self.require_models()
         jobs = self._jobs_of(teachers)
         for job in jobs:
             if job.imported and job.pending:
@@ -153,6 +156,20 @@ class CacheWorkspace:
                 "there is no such teacher", where="--teacher",
                 expected=f"one of {list(self.config.teachers)}", found=unknown[0], todo="name another",
             )  # fmt: skip
+
+    def require_models(self) -> None:
+        """Refuses teachers whose folder is not there or holds no model: before the corpus is packed.
+
+        Raises:
+            TeacherError
+        """
+        for name, options in self.config.teachers.items():
+            # What the hub has yet to give is asked for when it is its turn.
+            if not self.imported(name) and self.there(options.model, options.revision):
+                key = f"teachers.{name}.model"
+                folder = locate(options.model, options.revision, key)
+                read_config(folder, key)
+                weight_files(folder, key)
 
     def _jobs_of(self, teachers: Sequence[str]) -> list[TeacherJob]:
         return [j for j in self.jobs(self.prepare()) if not teachers or j.name in teachers]

@@ -6,13 +6,13 @@ to the folder the command runs in.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pipeline.config_errors import explained
 from pipeline.launch.options import ClusterOptions
 from pipeline.yaml_text import LARGEST, load_yaml
 from stages.options import CorpusOptions, Options, ReadingOptions, StoreOptions, TeacherOptions
@@ -24,6 +24,13 @@ from storage.remote import Root, root_of
 
 BEFORE, FUSED, BASELINE = "before", "fused", "cross_entropy"
 """Names of a run's students; "fused" is also the ensemble's."""
+
+
+_REPLACED = {
+    "train.epochs": "steps", "train.steps": "epochs",
+    "student.model": "config", "student.config": "model",
+}  # fmt: skip
+"""An override of the one drops the other, its sibling, from what the file says."""
 
 
 class RunConfig(Options):
@@ -180,11 +187,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file, a key or a value is wrong; every problem is listed.
     """
-    return validated(merged(path, overrides), path)
+    return validated(merged(path, overrides), path, overrides)
 
 
-def validated(raw: Mapping[str, Any], path: Path) -> RunConfig:
-    """Returns the configuration that a mapping is; `path` names it in messages.
+def validated(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the configuration that a mapping is.
+
+    Args:
+        path, overrides: where it was said, for messages.
 
     Raises:
         ConfigError: every problem is listed.
@@ -192,7 +202,7 @@ def validated(raw: Mapping[str, Any], path: Path) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, path) from None
+        raise explained(error, RunConfig, path, overrides) from None
     return _settled(config)
 
 
@@ -203,7 +213,7 @@ def settled(path: Path, overrides: Sequence[str] = ()) -> list[str]:
         ConfigError: as `load_config`.
     """
     raw = merged(path, overrides)
-    config = validated(raw, path)
+    config = validated(raw, path, overrides)
     found = [
         f"teachers.{name}.dtype={config.teachers[name].dtype}"
         for name, said in raw["teachers"].items()
@@ -259,7 +269,8 @@ def merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], text: str) -> None:
-    """Lays one "key=value" over what a configuration says, in place.
+    """Lays one "key=value" over what a configuration says, in place. Of two keys of which one alone may
+    be given, the other goes.
 
     Raises:
         ConfigError: it is none, or does not fit what is there.
@@ -282,6 +293,8 @@ def override(raw: dict[str, Any], text: str) -> None:
             node[int(last)] = parsed
         else:
             node[last] = parsed
+        if parsed is not None and key in _REPLACED:
+            node.pop(_REPLACED[key], None)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
             "an override does not fit the configuration", where=f"--set {text}", found=str(error),
@@ -297,60 +310,3 @@ def _yaml_value(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _explain(error: ValidationError, path: Path) -> ConfigError:
-    problems = []
-    for item in error.errors(include_url=False):
-        loc = tuple(part for part in item["loc"] if not str(part).startswith("["))  # tags of unions
-        key = ".".join(str(part) for part in loc)
-        if item["type"] == "extra_forbidden":
-            problems.append(f"{key}: unknown key{_nearest(loc)}")
-        elif item["type"] == "missing":
-            problems.append(f"{key}: missing")
-        else:
-            told = item["msg"].removeprefix("Value error, ")
-            shown = key and not isinstance(item["input"], Mapping)  # a whole section says nothing
-            found = f" (found {item['input']!r:.60})" if shown else ""
-            problems.append(f"{key}: {told}{found}".removeprefix(": "))
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    listed = "\n             ".join(problems)
-    return ConfigError(
-        f"the configuration is not valid: {problems[0]}{more}", where=path,
-        expected="keys and values as in pipeline/README.md", found=listed,
-        todo="mend the keys named",
-    )  # fmt: skip
-
-
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    """Returns a hint: the valid name most like an unknown key, or the valid names."""
-    names = sorted(_fields_at(loc[:-1]))
-    close = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid here: {', '.join(names)}" if names else ""
-
-
-def _fields_at(loc: Sequence[int | str]) -> Mapping[str, Any]:
-    """Returns the fields of the model that lies at a place in the configuration."""
-    model: type[BaseModel] = RunConfig
-    parts = iter(loc)
-    for part in parts:
-        if str(part) not in model.model_fields:
-            return {}
-        annotation: Any = model.model_fields[str(part)].annotation
-        inner = _inner_model(annotation)
-        if inner is None:
-            return {}
-        if inner is not annotation:  # a mapping or a list of them: the next part names one
-            next(parts, None)
-        model = inner
-    return model.model_fields
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """Returns the model that an annotation is, or holds: dict[str, Model], tuple[Model, ...]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_inner_model(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((model for model in found if model is not None), None)

@@ -79,6 +79,7 @@ def cache_teachers(work: Workspace, teachers: Sequence[str] = (), share: str = "
         StaleCache, CorpusError, TeacherError, ConfigError: as the command would.
     """
     work.require_teachers(teachers)
+    work.require_models()
     actions = [action for action in prepare(work) if not action.done]
     actions += [] if work.config.assets else [
         _download("model", options.model)

@@ -23,8 +23,9 @@ from storage.leases import failures, leases
 
 
 def read_status(work: Workspace) -> list[dict[str, Any]]:
-    """Returns a row a step: {step, state, done, total, estimated}; state is done, partial or waiting, and
-    total, the same as a plan's, is estimated until the corpus is packed, and 0 where nothing tells.
+    """Returns a row a step: {step, state, done, total, estimated}; state is done, running (a teacher that
+    a task is at work on), partial or waiting, and total, the same as a plan's, is estimated until the
+    corpus is packed, and 0 where nothing tells.
 
     A teacher's row also has, in parts, running (leased), stale (its task gave no sign of life for long)
     and failed; tasks at work; tokens_per_s of all of them and seconds_left, None where nothing tells. A
@@ -90,6 +91,8 @@ def _teacher_row(name: str, job: TeacherJob | None, parts: int, estimated: bool)
     log = measured(job.root)
     rate = log.tokens / log.seconds * max(1, tasks) if log and job.pending else None
     left = job.layout.blocks_of(job.pending) * job.layout.block_length
+    if fresh:
+        row["state"] = "running"
     return {
         **row, "running": len(fresh), "stale": len(held) - len(fresh), "failed": failed, "tasks": tasks,
         "tokens_per_s": rate, "seconds_left": left / rate if rate else None,

@@ -153,8 +153,14 @@ class PartAnnotator:
             advance((rows.stop - rows.start) * self.layout.block_length)
         return arrays
 
-    def heads(self, blocks: TokenBlocks, batch: int) -> Int64:
+    def heads(
+        self, blocks: TokenBlocks, batch: int, advance: Callable[[int], None] = lambda tokens: None
+    ) -> Int64:
         """Returns head and draws [R, K + S] of the scored rows: what orders of ids are learned from.
+
+        Args:
+            batch: blocks of one forward.
+            advance: told the tokens of each.
 
         Raises:
             NonFiniteLogits
@@ -162,9 +168,11 @@ class PartAnnotator:
         width = self.layout.k + self.layout.draws
         count, pieces = len(blocks.block_ids), [np.zeros((0, width), np.int64)]
         for start in range(0, count, batch):
-            notes = self._batch(blocks.take(slice(start, min(start + batch, count))), None)
+            taken = blocks.take(slice(start, min(start + batch, count)))
+            notes = self._batch(taken, None)
             if notes is not None:
                 pieces.append(np.concatenate([notes.ids, notes.draw_ids], 1))
+            advance(taken.inputs.size)
         return np.concatenate(pieces)
 
     @torch.inference_mode()

@@ -152,12 +152,13 @@ class _PartWriter:
             teacher.close()
 
     def _learn(self, annotator: PartAnnotator) -> IdOrders:
-        job = self._job
-        self._work.progress.say(f"cache {job.name}: learning which ids are usual where")
+        job, progress = self._job, self._work.progress
         blocks = self._work.reader.read(learning_blocks(job.layout))
-        return learn_orders(
-            annotator.heads(blocks, job.options.batch_blocks), job.layout.vocab_size
-        )
+        label = f"cache {job.name}, learning which ids are usual where"
+        progress.start(label, blocks.inputs.size, "token")
+        heads = annotator.heads(blocks, job.options.batch_blocks, progress.advance)
+        progress.finish()
+        return learn_orders(heads, job.layout.vocab_size)
 
     def _do(self, part: int, annotator: PartAnnotator, writer: CacheWriter, behind: Behind) -> bool:
         """Computes one part; returns whether it was not given up."""

@@ -97,7 +97,11 @@ class TrainOptions(Options):
         description="Compile the decoder layers by torch.compile. On a CPU this needs a C++ compiler.",
     )
     seed: Seed = Field(0, description="Of the blocks' order and of everything random.")
-    eval_every: Count = Field(200, description="Steps between evaluations on held-out blocks.")
+    eval_every: Count | None = Field(
+        200,
+        description="Steps between evaluations on held-out blocks; also before the first and after the "
+        "last. null: none, `scholiast evaluate` measures alone.",
+    )
     checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept.")
     async_checkpoint: bool = Field(
@@ -115,9 +119,7 @@ class TrainOptions(Options):
     @model_validator(mode="after")
     def _one_length(self) -> TrainOptions:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(
-                "give either `epochs` or `steps`, and null for the other (--set train.epochs=null)"
-            )
+            raise ValueError("give either `epochs` or `steps`")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together exceed the run")
         return self

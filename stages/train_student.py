@@ -128,7 +128,7 @@ class Trainer:
             world=self.ranks.world, workers=options.workers, fetch_threads=self.fetch_threads,
         )  # fmt: skip
         usage, before = Usage(self.ranks.device), self.seconds
-        if self.step == 0:
+        if self.step == 0 and options.eval_every:
             self._log({"step": 0, "heldout": self._evaluate()})
         while self.step < run.steps:
             begun = time.perf_counter()
@@ -139,12 +139,13 @@ class Trainer:
             self.tokens += rows
             self.seconds = before + usage.seconds
             row |= {"tokens": self.tokens, "seconds": self.seconds}
-            if self.step % options.eval_every == 0 or self.step == run.steps:
+            last = self.step == run.steps
+            if options.eval_every and (last or self.step % options.eval_every == 0):
                 row["heldout"] = self._evaluate()
-            if self.step % options.log_every == 0 or "heldout" in row:
+            if self.step % options.log_every == 0 or last or "heldout" in row:
                 row["peak_bytes"] = int(self.ranks.largest(usage.peak_bytes))
                 self._log(row)
-            if self.step % options.checkpoint_every == 0 or self.step == run.steps:
+            if self.step % options.checkpoint_every == 0 or last:
                 self._save()
             self.progress.advance(1, loss=row["total"], tokens_per_s=self.tokens / self.seconds)
             if stopped and self.step < run.steps:

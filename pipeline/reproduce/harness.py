@@ -91,7 +91,7 @@ class Harness:
         steps = self.steps_of(row)
         places = {
             "run_dir": self.run_folder(row, seed), "train.seed": seed, "train.steps": steps,
-            "train.eval_every": steps, "train.keep_checkpoints": 1,
+            "train.eval_every": "null", "train.keep_checkpoints": 1,
         }  # fmt: skip
         return self._open([*row.overrides, *(f"{k}={v}" for k, v in places.items())], row)
 

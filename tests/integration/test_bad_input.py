@@ -46,8 +46,11 @@ def test_unknown_command_and_option(cli: Cli) -> None:
 
 
 def test_missing_model(lab: Lab, cli: Cli) -> None:
+    """Before the corpus is packed, which may take hours."""
     config = lab.write(teachers__one__model=f"{lab.root}/nowhere")
-    refused(cli("cache-teachers", config), "teachers.one.model", "nowhere")
+    for more in ([], ["--dry-run"]):
+        refused(cli("cache-teachers", config, *more), "teachers.one.model", "nowhere")
+    assert not (lab.root / "run/corpus").exists()
 
 
 def test_model_without_weights_or_tokenizer(lab: Lab, cli: Cli) -> None:

@@ -75,6 +75,22 @@ def test_what_is_switched_off_is_left_out(trained: Lab) -> None:
     assert found["fused"]["overall"]["perplexity"] > 1
 
 
+def test_a_training_without_evaluations_gives_the_same_student(trained: Lab, cli: Cli) -> None:
+    folder = trained.root / "without"
+    work = trained.workspace(
+        run_dir=str(folder), corpus_dir=f"{trained.root}/run/corpus",
+        cache_dir=f"{trained.root}/run/cache", train__eval_every=None, train__log_every=9,
+    )  # fmt: skip
+    work.train_students()
+    model = "students/fused/model/model.safetensors"
+    assert (folder / model).read_bytes() == (trained.root / "run" / model).read_bytes()
+    [row] = (folder / "students/fused/metrics.jsonl").read_text().splitlines()
+    assert "heldout" not in json.loads(row) and json.loads(row)["step"] == 2
+    assert work.evaluate()["students"]["fused"]["domains"]["overall"]["perplexity"] > 1
+    result = cli("report", folder)
+    assert result.exit_code == 0, result.output
+
+
 def test_further_students_that_cannot_be_measured_are_refused(trained: Lab, cli: Cli) -> None:
     config, folder = trained.write(), trained.root / "run/students/fused/model"
 

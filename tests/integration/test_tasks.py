@@ -210,6 +210,10 @@ def test_a_part_of_a_living_task_is_left_to_it(lab: Lab, cli: Cli) -> None:
     cache = lab.root / "run/cache/one"
     with Leases(cache, holder(lifetime=1.2)) as others:
         others.take(2)
+        assert "cache one" in cli("status", config).output
+        [state] = [r["state"] for r in json.loads(cli("status", config, "--json").output)
+                   if r["step"] == "cache one"]  # fmt: skip
+        assert state == "running", "though no part is done"
         result = cli("cache-teachers", config, "--task", 0, "--tasks", 1)
         assert result.exit_code == 0 and "1 left to tasks that are at work" in result.output
         assert 2 not in computed(cache)

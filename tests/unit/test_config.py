@@ -63,7 +63,8 @@ def test_explicit_precision_does_not_look_at_the_machine(monkeypatch: pytest.Mon
         ("train.lr=-1", r"train\.lr: .*greater than 0"),
         ("store.k=0", r"store\.k: .*greater than or equal to 1"),
         ("loss.alpha=2", r"loss\.alpha"),
-        ("train.steps=5", "either `epochs` or `steps`"),
+        ("train.epochs=null", "give either `epochs` or `steps`"),
+        ("train={epochs: 1, steps: 1}", "give either `epochs` or `steps`"),
         ("device=gpu", "device"),
         ("teachers={}", "teachers"),
         ("corpus.sources.9.path=x", "override does not fit"),
@@ -91,6 +92,41 @@ def test_mistakes_are_named(override: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         load_config(DEMO, [override])
     assert caught.value.exit_code == 2
+
+
+def test_an_override_of_a_length_replaces_the_other() -> None:
+    train = load_config(DEMO, ["train.steps=5"]).train
+    assert train.steps == 5 and train.epochs is None
+    train = load_config(DEMO, ["train.steps=5", "train.epochs=2"]).train
+    assert train.steps is None and train.epochs == 2
+    student = load_config(DEMO, ["student.config=c", "student.keep_layers=null"]).student
+    assert student.config == "c" and student.model is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["seed=1", "train.lr=-1"], "--set train.lr=-1, --set seed=1"),
+        (["threads=2", "loss.temperature=3.0"], "--set loss.temperature=3.0"),
+        (["train.schedule=wsd", "train.decay=0.99"], "--set train.decay=0.99"),
+        (["loss={alpha: 7}"], "--set loss={alpha: 7}"),
+        (["train.epochs=null"], "--set train.epochs=null"),
+    ],
+)
+def test_overrides_that_are_wrong_are_named_and_not_the_file(
+    overrides: list[str], where: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, overrides)
+    assert caught.value.where == where
+
+
+def test_one_problem_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(DEMO.read_text().replace("threads:", "").replace("name: demo", "nmae: demo"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["threads=2"])
+    assert caught.value.where == str(file) and str(caught.value).count("did you mean 'name'") == 1
 
 
 def test_an_error_in_a_pair_is_told_once() -> None:

@@ -27,9 +27,11 @@ from storage.corpus_info import CorpusInfo
 from storage.fingerprint import bytes_sha256, fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pipeline.workspace import Workspace
+    from stages.progress import Progress
+    from stages.run import Run
 
 FILE: Final = "README.md"
 _MARK: Final = re.compile(r"<!-- scholiast ([0-9a-f]{64}) -->\n\Z")
@@ -81,6 +83,16 @@ def refresh(folder: Path, card: Callable[[Path], str]) -> bool:
             return False
     durable.write_bytes(path, card(folder).encode())
     return True
+
+
+def refresh_cards(runs: Mapping[str, Run], progress: Progress) -> None:
+    """Puts new figures into the cards of finished students; says which cards stay as they are."""
+    for run in runs.values():
+        if run.card is not None and not refresh(run.model_folder, run.card):
+            progress.say(
+                f"{run.model_folder / FILE} was edited by hand and stays as it is; "
+                "delete it and evaluate again for one with these figures"
+            )
 
 
 def read_figures(work: Workspace, name: str, facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -202,7 +202,8 @@ class Workspace(CacheWorkspace):
 
     def batch_reader(self, teachers: bool = True, on_device: bool = False) -> BatchReader:
         """Returns a reader of joined, fused batches (gold tokens alone without teachers)."""
-        from stages.batches import BatchReader, common_tail
+        from stages.batches import BatchReader
+        from stages.common_caches import common_tail
         from storage.blocks import BlockReader
         from storage.reader import CacheReader
 
@@ -237,24 +238,15 @@ class Workspace(CacheWorkspace):
         models = models or {}
         info, jobs, runs = self.measurable(models)
         from pipeline.evaluation import evaluate
+        from pipeline.model_card import refresh_cards
 
         result = {**self.provenance(info, jobs), **evaluate(self, info, jobs, runs, models)}
         students = {name: fingerprint(run.identity) for name, run in runs.items()}
         result["fingerprints"]["students"] = students
         path = self.config.run / "evaluation.json"
         durable.write_bytes(path, json.dumps(result, indent=1).encode())
-        self._refresh_cards(runs)
+        refresh_cards(runs, self.progress)
         return result
-
-    def _refresh_cards(self, runs: Mapping[str, Run]) -> None:
-        from pipeline.model_card import FILE, refresh
-
-        for run in runs.values():
-            if run.card is not None and not refresh(run.model_folder, run.card):
-                self.progress.say(
-                    f"{run.model_folder / FILE} was edited by hand and stays as it is; "
-                    "delete it and evaluate again for one with these figures"
-                )
 
     def measurable(
         self, models: Mapping[str, Path]

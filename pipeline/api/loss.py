@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.api.blocks import as_batch
-from stages.batches import common_tail
+from stages.common_caches import common_tail
 from stages.head import Head, HeadRule
 from stages.layer_pairs import Pair, resolve_pairs
 from stages.schedule import alpha_at, weights_share

@@ -17,6 +17,7 @@ from pipeline.planning.shapes import Shape
 from pipeline.workspace import Workspace
 from stages.chunk_sizes import loss_rows, notes_rows
 from stages.layer_pairs import wanted_layers
+from storage.writer import open_cache
 
 _PARTS_IN_MEMORY = 3  # one in work, two encoded
 RUNTIME = {True: 600 << 20, False: 500 << 20}
@@ -108,7 +109,7 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     from stages.stream import shared_out  # which loads torch
 
     config = work.config
-    train, loss, store = config.train, config.loss, config.store
+    train, loss = config.train, config.loss
     blocks, micro = shared_out(train.batch_blocks, train.accumulate, ranks)
     sharded = train.parallel == "fsdp" and ranks > 1
     pieces = ranks if sharded else 1
@@ -117,8 +118,8 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     tokens, bf16 = blocks * length, train.precision == "bf16"
     e, remade = 2 if bf16 else 4, train.gradient_checkpointing
     gradients = 4 * trainable // pieces
-    entries = config.fusion.k or store.entries
-    target = tokens * len(config.fused_teachers) * (16 * (entries + store.drawn) + 8)
+    entries = fused_entries(work)
+    target = tokens * (16 * entries + 8 * len(config.fused_teachers))
     # On a CPU also the step that is read ahead, and what it is fused from.
     readers = 1 if gpu else 3
     always = {
@@ -147,7 +148,7 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
         # Of a step's first batch it becomes the gradient itself, which a CPU's sum has already.
         "head's gradient": 4 * shape.head if head_trained and (gpu or micro > 1) else 0,
         "head in bfloat16": 2 * shape.head if gpu and bf16 else 0,
-        "targets merged": 64 * tokens * len(config.fused_teachers) * (entries + store.drawn) * gpu,
+        "targets merged": 64 * tokens * entries * gpu,
         "logits chunk": 4 * chunk * shape.vocab,
         "loss of a chunk": 4 * (chunk if gpu else 16) * shape.vocab
         * (1 if loss.temperature == 1.0 else 3),
@@ -160,6 +161,19 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     }
     moments = {"end of the forward": end_of_forward, "end of the backward": end_of_backward}
     return _largest("student", pieces, gpu, always, moments)
+
+
+def fused_entries(work: Workspace) -> int:
+    """Returns the head entries and draws a token of all teachers that are fused; of an imported cache
+    those that it has."""
+    config, total = work.config, 0
+    for name in config.fused_teachers:
+        head, draws = config.store.entries, config.store.drawn
+        opened = open_cache(config.cache_folder / name) if work.imported(name) else None
+        if opened is not None:
+            head, draws = opened[1].k, opened[1].draws
+        total += min(config.fusion.k or head, head) + draws
+    return total
 
 
 def _kept(shape: Shape, bf16: bool, checkpointed: bool) -> int:

@@ -30,6 +30,7 @@ from conftest import Lab, build_parts, digests, make_tokenizer
 
 from pipeline.exchange.matching import pieces
 from pipeline.model_card import model_card
+from pipeline.planning.memory import fused_entries
 from storage.blocks import BlockReader
 from storage.errors import ConfigError
 from storage.reader import CacheReader
@@ -453,6 +454,7 @@ def test_an_imported_teacher_trains_and_is_evaluated_beside_an_own_one(
     for command in ("cache-teachers", "train-student", "evaluate", "report", "plan", "status"):
         result = cli(command, config, "-q")
         assert result.exit_code == 0, (command, result.output)
+    assert fused_entries(work) == 8 + 6, "of the imported cache what it has"
     card = (lab.root / "run/students/fused/model/README.md").read_text()
     assert "captured by another tool | – | not stated | – | 6 | 0 | balanced |" in card
     assert "| 8 | 0 | balanced |" in card and "draws of the others" not in card

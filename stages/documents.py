@@ -49,7 +49,8 @@ def source_files(source: SourceOptions, key: str) -> list[Path]:
     files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
     if not files:
         raise CorpusError(
-            "the source has no files", where=f"{key}.path", found=source.path,
+            "the source has no files", found=source.path,
+            where=key if key.startswith("--") else f"{key}.path",
             todo="give an existing file, a glob that matches files, or a save_to_disk folder",
         )  # fmt: skip
     return files

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import click
 from pipeline.start.choices import spread_layers
 from pipeline.start.models import ModelFacts, common_tokenizer, look_at, look_at_config
 from pipeline.start.sources import Found, find
+from pipeline.terminal import harmless
 from storage.errors import ConfigError, ScholiastError
 
 T = TypeVar("T")
@@ -60,6 +62,7 @@ class Answers:
         student: what it is.
         keep_layers: decoder layers kept of it; None for all.
         sources: of both splits.
+        faults: what of the flags cannot be, where nobody can be asked.
     """
 
     say: Say
@@ -67,6 +70,18 @@ class Answers:
     student: ModelFacts | None = None
     keep_layers: list[int] | None = None
     sources: list[Found] = field(default_factory=list)
+    faults: list[ScholiastError] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def looking(self, asking: bool) -> Iterator[None]:
+        """Keeps what is wrong with a flag until all have been looked at; whoever sits at a terminal is
+        told at once, before a question more."""
+        try:
+            yield
+        except ScholiastError as error:
+            if asking:
+                raise
+            self.faults.append(error)
 
     def models(self) -> dict[str, ModelFacts]:
         """Returns name for messages → facts, the student last."""
@@ -82,12 +97,18 @@ def gather(flags: Flags, say: Say) -> Answers:
 
     Raises:
         ConfigError: something is missing and nobody can be asked, or is not possible.
-        TeacherError, VocabularyMismatch, CorpusError: what was named cannot be used.
+        TeacherError, VocabularyMismatch, CorpusError: what was named cannot be used. Of several faults
+            the last is raised, and the others are printed.
     """
     answers = Answers(say)
-    _teachers(flags, answers)
-    _student(flags, answers)
-    _sources(flags, answers)
+    for step in (_teachers, _student, _sources):
+        with answers.looking(flags.asking):
+            step(flags, answers)
+    if answers.faults:
+        *others, last = answers.faults
+        for error in others:
+            click.echo(harmless(f"error: {error}\n"), err=True)
+        raise last
     return answers
 
 
@@ -113,7 +134,8 @@ def _teachers(flags: Flags, answers: Answers) -> None:
     ready: Mapping[str, Any] = flags.base.get("teachers", {})
     given = list(flags.teachers) or [f"{name}={one['model']}" for name, one in ready.items()]
     for text in given:
-        _add_teacher(text, answers)
+        with answers.looking(flags.asking):
+            _add_teacher(text, answers)
     if given:
         return
     if not flags.asking:
@@ -155,13 +177,15 @@ def _name_of(model: str, taken: Mapping[str, object]) -> str:
 
 def _student(flags: Flags, answers: Answers) -> None:
     ready: Mapping[str, Any] = flags.base.get("student", {})
-    first = next(iter(answers.teachers.values()))
+    first = next(iter(answers.teachers.values()), None)
     given = flags.student or ready.get("model")
     if given is not None:
         _set_student(given, answers)
     elif flags.keep_layers is not None:
         answers.student = first
-    elif flags.asking:
+        if first is None:  # the teacher is at fault, not the layers
+            return
+    elif flags.asking and first is not None:
         answers.say(
             "Student: a folder or hub name; a config.json for random weights; empty to cut it from the "
             "first teacher."
@@ -219,10 +243,11 @@ def _set_layers(text: str, answers: Answers) -> None:
 
 
 def _sources(flags: Flags, answers: Answers) -> None:
-    for text in flags.sources:
-        _add_source(text, "--source", "train", flags, answers)
-    for text in flags.heldout:
-        _add_source(text, "--heldout", "heldout", flags, answers)
+    given = [(text, "--source", "train") for text in flags.sources]
+    given += [(text, "--heldout", "heldout") for text in flags.heldout]
+    for text, key, split in given:
+        with answers.looking(flags.asking):
+            _add_source(text, key, split, flags, answers)
     if flags.sources:
         return
     if not flags.asking:

@@ -104,6 +104,17 @@ def test_without_a_terminal_a_missing_answer_names_its_flag(
     refused(cli("init", *flags), "must be given", left_out)
 
 
+def test_all_wrong_flags_are_told_at_once(home: Lab, cli: Cli) -> None:
+    result = cli("init", "mine.yaml", "--yes", "--teacher", "one=nowhere/at/all", "--teacher", "two=b",
+                 "--keep-layers", "99", "--source", "x=x.docx", "--heldout", "x=none.jsonl")  # fmt: skip
+    refused(result, "no such model folder", "so many layers cannot be kept", "cannot be told",
+            "none.jsonl", code=1)  # fmt: skip
+    assert result.output.count("error: ") == 4 and not Path("mine.yaml").exists()
+    result = cli("init", "mine.yaml", "--yes", "--teacher", "nowhere/at/all", "--keep-layers", "2")
+    refused(result, "no such model folder", "the text must be given")
+    assert result.output.count("error: ") == 2
+
+
 def test_nothing_is_overwritten(home: Lab, cli: Cli) -> None:
     Path("mine.yaml").write_text("mine")
     refused(cli("init", "mine.yaml", *FLAGS), "there already", "--force")

@@ -6,12 +6,14 @@ import glob
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stages.options import SourceOptions
+from stages.passages import passages
 from storage.errors import CorpusError
 from storage.fingerprint import HashMemo
 from storage.types import Bool, Int32, Int64
@@ -59,6 +61,8 @@ def source_files(source: SourceOptions, key: str) -> list[Path]:
 def source_identity(source: SourceOptions, key: str, memo: HashMemo) -> dict[str, Any]:
     """Returns what decides the source's documents: options, and content hashes (hub: revision)."""
     identity = source.model_dump(mode="json")
+    if source.passage_chars is None:
+        del identity["passage_chars"]  # corpora from before there was such a key stay what they are
     if source.format != "hub":
         del identity["path"]  # a corpus that is moved stays the same corpus
         identity["files"] = [memo.sha256(path) for path in source_files(source, key)]
@@ -66,7 +70,7 @@ def source_identity(source: SourceOptions, key: str, memo: HashMemo) -> dict[str
 
 
 def load_rows(source: SourceOptions, key: str) -> Any:
-    """Returns the source as a map-style `datasets.Dataset`.
+    """Returns the source as a map-style `datasets.Dataset` of one column, a row a document.
 
     Raises:
         CorpusError: it cannot be read, is empty, or lacks the column.
@@ -96,7 +100,24 @@ def load_rows(source: SourceOptions, key: str) -> Any:
             "the source has no such column", where=f"{key}: {source.path}", expected=column,
             found=", ".join(rows.column_names), todo="set text_field or messages_field",
         )  # fmt: skip
-    return rows.select_columns([column])
+    rows = rows.select_columns([column])
+    text = str(getattr(rows.features[column], "dtype", "")) in ("string", "large_string")
+    if not source.passage_chars or not text:  # what is no text is refused when it is read
+        return rows
+    return rows.map(
+        partial(_cut, column, source.passage_chars), batched=True,
+        features=datasets.Features({column: datasets.Value("large_string")}),
+        keep_in_memory=not rows.cache_files,
+    )  # fmt: skip
+
+
+def _cut(
+    column: str, length: int, batch: dict[str, list[str | None]]
+) -> dict[str, list[str | None]]:
+    cut: list[str | None] = []
+    for text in batch[column]:
+        cut += passages(text, length) if text else [text]
+    return {column: cut}
 
 
 def _load(source: SourceOptions, key: str) -> Any:

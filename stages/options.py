@@ -49,6 +49,11 @@ class SourceOptions(Options):
     )
     path: str = Field(description="File, glob, folder, or the hub's data set name.")
     text_field: str = Field("text", description="Column that holds the text.")
+    passage_chars: Count | None = Field(
+        None,
+        description="Cut each text into documents of at most so many characters, at blank lines, line "
+        "ends or spaces, which laid end to end are the text: so some of a few long ones can be held out.",
+    )
     messages_field: str | None = Field(
         None,
         description="Column that holds chat messages: they are rendered with the tokenizer's chat "
@@ -64,6 +69,8 @@ class SourceOptions(Options):
             raise ValueError("a domain cannot be named 'overall': reports use it for all of them")
         if self.format == "hub" and not self.revision:
             raise ValueError("a hub source needs `revision`, so that the corpus stays the same")
+        if self.passage_chars and self.messages_field:
+            raise ValueError("`passage_chars` cuts texts, and `messages_field` names chats")
         if self.split == "heldout" and self.heldout:
             raise ValueError("`heldout` cuts a train source; this one is held out altogether")
         return self

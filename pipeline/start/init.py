@@ -81,8 +81,8 @@ def init(
     """Write a configuration for your teachers, text, student and machine, into FILE (scholiast.yaml).
 
     Asks for what no option gives, if there is a terminal. Models and their tokenizers are looked at, and
-    so is the text; nothing large is loaded or downloaded. Fewer than twenty documents are also written
-    as passages into RUN_DIR/text, so that some can be held out.
+    so is the text; nothing large is loaded or downloaded. Fewer than twenty texts will be cut into
+    passages, so that some can be held out.
 
     \b
     Example: scholiast init mine.yaml
@@ -112,16 +112,16 @@ def init(
     answers = gather(
         Flags(teachers, student, keep_layers, sources, heldout, fields, base, asking), say
     )
-    job, texts = _job(answers, file, run_dir, device, machine, block_length, asking)
+    job = _job(answers, file, run_dir, device, machine, block_length, asking)
     config, text = _compose(job, base, family, file, overrides)
-    _finish(job, config, text, texts, file, force, dry_run, as_json, asking, say)
+    _finish(job, config, text, file, dry_run, as_json, asking, say)
 
 
 def _job(
     answers: Answers, file: Path, run_dir: str | None, device: str, machine: Machine,
     block_length: int | None, asking: bool,
-) -> tuple[Job, dict[Path, bytes]]:  # fmt: skip
-    """Returns all that is known, and the files of passages to write; asks for length and folder."""
+) -> Job:  # fmt: skip
+    """Returns all that is known; asks for length and folder."""
     from pipeline.start.answers import ask
     from pipeline.start.choices import Job
     from pipeline.start.choices import block_length as choose_length
@@ -135,7 +135,7 @@ def _job(
     chat = any(found.options.messages_field for found in answers.sources)
     models = answers.models()
     tokenizer = models[common_tokenizer(models, chat)]
-    sources, texts = prepared(answers.sources, tokenizer.tokenizer, Path(folder))
+    sources = prepared(answers.sources, tokenizer.tokenizer)
     job = Job(
         name, folder, device, answers.teachers, answers.student, answers.keep_layers,
         tokenizer.model, vocab_size(tokenizer.tokenizer), tokenizer.tokenizer.eos_token_id is not None,
@@ -145,7 +145,7 @@ def _job(
         job = ask(
             "Tokens of a block", lambda text: _with_length(job, text), str(choose_length(job))
         )
-    return job, texts
+    return job
 
 
 def _with_length(job: Job, text: str) -> Job:
@@ -200,8 +200,8 @@ def _compose(
 
 
 def _finish(
-    job: Job, config: dict[str, Any], text: str, texts: dict[Path, bytes], file: Path, force: bool,
-    dry_run: bool, as_json: bool, asking: bool, say: Say,
+    job: Job, config: dict[str, Any], text: str, file: Path, dry_run: bool, as_json: bool, asking: bool,
+    say: Say,
 ) -> None:  # fmt: skip
     """Shows or writes what was made."""
     from pipeline.start.choices import problems
@@ -210,34 +210,26 @@ def _finish(
     unfit = problems(job, config)
     for problem in unfit:
         say(f"Will not fit: {problem}")
-    files = {**texts, file: text.encode()}
-    taken = [p for p, data in texts.items() if p.exists() and p.read_bytes() != data]
-    if taken and not (force or dry_run):
-        raise ConfigError(
-            "a file of passages is there already, with other text", where=taken[0],
-            todo="name another --run-dir, or give --force",
-        )  # fmt: skip
     if asking and not dry_run:
         say(f"\n{text}")
         click.confirm(f"Write {file}?", default=True, abort=True, err=True)
     if not dry_run:
-        for path, data in files.items():
-            durable.write_bytes(path.absolute(), data)
+        durable.write_bytes(file.absolute(), text.encode())
     if as_json:
-        click.echo(json_module.dumps(_facts(job, config, files, dry_run, unfit), indent=1))
+        click.echo(json_module.dumps(_facts(job, config, file, dry_run, unfit), indent=1))
     elif dry_run:
         click.echo(text, nl=False)
     else:
         shown = shlex.quote(str(file))
-        click.echo("".join(f"written: {path}\n" for path in files) + "\nnext:")
+        click.echo(f"written: {file}\n\nnext:")
         click.echo("\n".join(f"  scholiast {command} {shown}" for command in _NEXT))
 
 
 def _facts(
-    job: Job, config: dict[str, Any], files: dict[Path, bytes], dry_run: bool, unfit: list[str]
+    job: Job, config: dict[str, Any], file: Path, dry_run: bool, unfit: list[str]
 ) -> dict[str, Any]:
     return {
-        "files": [str(path) for path in files], "written": not dry_run, "config": config,
+        "file": str(file), "written": not dry_run, "config": config,
         "machine": job.machine.about,
         "models": {
             **{f"teachers.{name}": facts.about for name, facts in job.teachers.items()},

@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.documents import source_files
 from stages.options import SourceOptions
+from stages.passages import passages
 from storage.errors import ConfigError, CorpusError
 
 ROWS = 500  # documents that are looked at, at most
@@ -124,7 +125,18 @@ def look_at(source: SourceOptions, key: str, field: str | None = None) -> Found:
     if source.format != "text":
         changed = {"messages_field": column} if chat else {"text_field": column}
         source = source.model_copy(update=changed)
-    return Found(source, [row[column] for row in rows], len(rows) == total, total)
+    found = Found(source, [row[column] for row in rows], len(rows) == total, total)
+    return in_passages(found, source.passage_chars) if source.passage_chars and not chat else found
+
+
+def in_passages(found: Found, length: int) -> Found:
+    """Returns a source of texts, cut into passages of at most so many characters."""
+    pieces = [piece for text in found.sample for piece in passages(text, length)]
+    options = found.options.model_copy(update={"passage_chars": length})
+    return replace(
+        found, options=options, sample=pieces[:ROWS], whole=found.whole and len(pieces) <= ROWS,
+        documents=found.documents * len(pieces) // len(found.sample),
+    )  # fmt: skip
 
 
 def count_tokens(found: Found, key: str, tokenizer: Any) -> Found:
@@ -135,7 +147,8 @@ def count_tokens(found: Found, key: str, tokenizer: Any) -> Found:
     """
     undivided = replace(found, options=found.options.model_copy(update={"heldout": 0.0}))
     tokens = sum(_tokens(undivided, key, tokenizer, False))
-    return replace(found, tokens=max(1, tokens * found.documents // len(found.sample)))
+    counted = tokens * found.documents // max(1, len(found.sample))
+    return replace(found, tokens=max(1, counted))
 
 
 def sides(found: Found, key: str, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -55,15 +55,17 @@ def test_what_it_writes_runs_as_it_is(home: Lab, cli: Cli) -> None:
         and "scholiast train-student mine.yaml" in result.stdout
     )
     run = load_config(Path("mine.yaml"))
-    assert run.corpus.sources[1].path == "runs/mine/text/book.jsonl"
-    lines = Path("runs/mine/text/book.jsonl").read_text().rstrip("\n").split("\n")
-    rows = [json.loads(line)["text"] for line in lines]
-    assert "".join(rows) == Path("book.txt").read_text()
+    book = run.corpus.sources[1]
+    assert book.path == "book.txt" and book.passage_chars == 1000 and 0 < book.heldout < 1
     for command in ("plan", "doctor", "cache-teachers", "train-student", "evaluate"):
         done = cli(command, "mine.yaml")
         assert done.exit_code == 0, (command, done.output)
     figures = json.loads(Path("runs/mine/evaluation.json").read_text())
     assert set(figures["domains"]) == {"x", "book"} and "fused" in figures["students"]
+    with Path("book.txt").open("a") as file:
+        file.write("A new end.")
+    changed = cli("cache-teachers", "mine.yaml")
+    assert changed.exit_code == 1 and "sources.001.files" in changed.output, changed.output
 
 
 def test_questions_are_asked_and_wrong_answers_again(
@@ -119,14 +121,7 @@ def test_nothing_is_overwritten(home: Lab, cli: Cli) -> None:
     Path("mine.yaml").write_text("mine")
     refused(cli("init", "mine.yaml", *FLAGS), "there already", "--force")
     assert Path("mine.yaml").read_text() == "mine"
-    flags = [*FLAGS, "--source", "book.txt"]
-    passages = Path("runs/mine/text/book.jsonl")
-    passages.parent.mkdir(parents=True)
-    passages.write_text("other")
-    Path("mine.yaml").unlink()
-    refused(cli("init", "mine.yaml", *flags), "file of passages", "--force")
-    assert not Path("mine.yaml").exists() and passages.read_text() == "other"
-    assert cli("init", "mine.yaml", *flags, "--force").exit_code == 0
+    assert cli("init", "mine.yaml", *FLAGS, "--force").exit_code == 0
     assert load_config(Path("mine.yaml")).name == "mine"
 
 
@@ -137,7 +132,7 @@ def test_dry_run_prints_and_json_tells(home: Lab, cli: Cli) -> None:
     told = cli("init", *FLAGS, "--source", "book.txt", "--dry-run", "--json")
     facts = json.loads(told.stdout)
     assert facts["config"] == printed and facts["written"] is False
-    assert facts["files"] == ["runs/scholiast/text/book.jsonl", "scholiast.yaml"]
+    assert facts["file"] == "scholiast.yaml" and not Path("runs").exists()
     assert "head of 361 rows" in facts["models"]["teachers.two"]
     assert not Path("scholiast.yaml").exists() and not Path("runs").exists()
 

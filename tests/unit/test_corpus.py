@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import CHAT_TEMPLATE, Lab, sentences
 from pydantic import ValidationError
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 from stages.corpus import prepare
 from stages.documents import byte_offsets, is_heldout, source_identity
 from stages.options import CorpusOptions, SourceOptions
+from stages.passages import passages
 from stages.progress import Silent
 from storage import durable
 from storage.blocks import BlockReader
@@ -285,6 +288,45 @@ def test_one_token_corpus(lab: Lab) -> None:
     source = {"domain": "x", "format": "jsonl", "path": str(lab.root / "one.jsonl")}
     blocks = read_all(lab, options(lab, source, append_eos=False))
     assert blocks.present.sum() == 1 and not blocks.scored.any()
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl", "parquet"])
+def test_a_corpus_of_passages_is_that_of_rows_of_passages(lab: Lab, form: str) -> None:
+    """Tokens, documents and offsets; nothing of the text is lost at the cuts."""
+    texts = ["\n\n".join(sentences(9, seed)) for seed in (1, 2)] + ["", "short"]
+    rows = [{"text": text} for text in texts]
+    path = lab.root / f"whole.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        texts = texts if form == "jsonl" else texts[:1]
+        path.write_text(texts[0] if form == "text" else "\n".join(map(json.dumps, rows)))
+    source = {"domain": "x", "format": form, "path": str(path), "heldout": 0.3}
+    mine = read_all(lab, options(lab, {**source, "passage_chars": 60}))
+    pieces = [piece for text in texts for piece in (passages(text, 60) if text else [text])]
+    assert "".join(pieces) == "".join(texts) and len(pieces) > 8
+    (lab.root / "pieces.jsonl").write_text("\n".join(json.dumps({"text": p}) for p in pieces))
+    cut = {**source, "format": "jsonl", "path": str(lab.root / "pieces.jsonl")}
+    theirs = read_all(lab, options(lab, cut), "theirs")
+    for name in ("tokens", "document", "offset", "loss_mask"):
+        assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+def test_what_cannot_be_cut_is_refused_as_ever(lab: Lab) -> None:
+    (lab.root / "numbers.jsonl").write_text('{"text": 7}\n')
+    source = {"domain": "x", "format": "jsonl", "path": str(lab.root / "numbers.jsonl")}
+    with pytest.raises(CorpusError, match="a row is int, not text"):
+        read_all(lab, options(lab, {**source, "passage_chars": 60}))
+    with pytest.raises(ValidationError, match="names chats"):
+        SourceOptions(**source, passage_chars=60, messages_field="chat")
+
+
+def test_corpora_without_passages_stay_what_they_were(lab: Lab) -> None:
+    memo, path = HashMemo(lab.root / "memo.json"), str(lab.root / "x.jsonl")
+    whole = source_identity(SourceOptions(domain="x", format="jsonl", path=path), "s", memo)
+    cut = SourceOptions(domain="x", format="jsonl", path=path, passage_chars=9)
+    assert "passage_chars" not in whole
+    assert source_identity(cut, "s", memo) == {**whole, "passage_chars": 9}
 
 
 def test_hub_source_needs_a_revision() -> None:

@@ -28,12 +28,13 @@ from pipeline.start.choices import (
 from pipeline.start.heldout import hold_out, prepared
 from pipeline.start.machine import Machine, Rates
 from pipeline.start.models import ModelFacts, human_count
-from pipeline.start.passages import as_rows, passages
-from pipeline.start.sources import Found, count_tokens, find, parse, sides
+from pipeline.start.sources import Found, count_tokens, find, look_at, parse, sides
 from pipeline.start.writing import render
+from stages.documents import load_rows
 from stages.layer_pairs import at_depth
 from stages.model_files import locate, parameters_of, present
 from stages.options import SourceOptions
+from stages.passages import passages
 from storage.errors import ConfigError, CorpusError, TeacherError
 
 # -- passages
@@ -49,11 +50,6 @@ def test_passages_end_where_paragraphs_do() -> None:
     text = "one two\n\nthree four\n\nfive"
     assert list(passages(text, 22)) == ["one two\n\nthree four\n\n", "five"]
     assert list(passages("a" * 10, 4)) == ["aaaa", "aaaa", "aa"]
-
-
-def test_passages_are_rows() -> None:
-    (line,) = as_rows(["zwei\r\nZeilen 漢\u2028字"]).decode().rstrip("\n").split("\n")
-    assert json.loads(line) == {"text": "zwei\r\nZeilen 漢\u2028字"}
 
 
 # -- YAML
@@ -185,7 +181,9 @@ def test_what_is_held_out_is_tried_on_the_documents(tmp_path: Path, tokenizer: A
     assert hold_out(large, "a", tokenizer) == 0.01
 
 
-def test_a_few_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_few_long_documents_are_cut(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = [" ".join(sentences(80, seed)) for seed in (1, 2, 3)]
     few = find(rows_file(tmp_path / "few.jsonl", [{"text": text} for text in long]), "--source")[0]
     rows = [
@@ -193,15 +191,25 @@ def test_a_few_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
         *({"text": word} for word in "abcdefghijklmnopqrstuvwxyz"),
     ]
     uneven = find(rows_file(tmp_path / "uneven.jsonl", rows), "--source")[0]
-    again = replace(few, options=few.options.model_copy(update={"text_field": "text"}))
-    sources, texts = prepared([few, uneven, again], tokenizer, tmp_path / "run")
-    assert [path.name for path in texts] == ["few.jsonl", "uneven.jsonl", "few-3.jsonl"]
-    for (found, share), whole in zip(sources, (long, [r["text"] for r in rows], long), strict=True):
-        path = Path(found.options.path)
-        pieces = [json.loads(line)["text"] for line in texts[path].decode().splitlines()]
-        assert (
-            "".join(pieces) == "".join(whole) and 0 < share < 1 and found.documents == len(pieces)
-        )
+    text = find(str(long_file(tmp_path / "long.txt", long[0])), "--source")[0]
+    cases = ((few, long), (uneven, [r["text"] for r in rows]), (text, long[:1]))
+    sources = prepared([found for found, _ in cases], tokenizer)
+    for (found, share), (before, whole) in zip(sources, cases, strict=True):
+        pieces = load_rows(found.options, "a")["text"]
+        assert "".join(pieces) == "".join(whole) and len(pieces) > len(whole)
+        assert 0 < share < 1 and found.documents == len(pieces) and found.sample == list(pieces)
+        assert found.options.path == before.options.path
+        again = look_at(found.options, "a")
+        assert count_tokens(again, "a", tokenizer) == found
+    monkeypatch.setattr("pipeline.start.sources.ROWS", 20)
+    many = find(str(long_file(tmp_path / "many.txt", "a word\n\n" * 5_000)), "--source")[0]
+    [(found, _)] = prepared([many], tokenizer)
+    assert found.documents == len(load_rows(found.options, "a")) > len(found.sample) == 20
+
+
+def long_file(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def test_tokens_are_counted_as_the_corpus_counts(tmp_path: Path, tokenizer: Any) -> None:

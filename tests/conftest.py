@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -165,27 +166,43 @@ class Lab:
         return Workspace(load_config(self.write(**changes)), Silent())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Returns a folder that one of the processes that pytest runs on has made for all of them, each of
+    which may read it, and none write there."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    place = factory.getbasetemp().parent / f"shared-{session}" if session else factory.mktemp(name)
+    root = place / name
+    place.mkdir(exist_ok=True)
+    with (place / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / f".{name}.made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            make(root)
+            (place / f".{name}.made").touch()
+    return root
+
+
 @pytest.fixture(scope="session")
 def _parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("parts")
-    build_parts(root)
-    return root
+    return made_once(tmp_path_factory, "parts", build_parts)
 
 
 @pytest.fixture(scope="session")
 def cached_parts(_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after stage one of the configuration as it stands: made once, to be copied."""
-    root = Path(shutil.copytree(_parts, tmp_path_factory.mktemp("cached") / "lab"))
-    Lab(root).workspace().cache_teachers()
-    return root
+    return made_once(
+        tmp_path_factory, "cached",
+        lambda root: Lab(Path(shutil.copytree(_parts, root))).workspace().cache_teachers(),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained_parts(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after stage two."""
-    root = Path(shutil.copytree(cached_parts, tmp_path_factory.mktemp("trained") / "lab"))
-    Lab(root).workspace().train_students()
-    return root
+    return made_once(
+        tmp_path_factory, "trained",
+        lambda root: Lab(Path(shutil.copytree(cached_parts, root))).workspace().train_students(),
+    )  # fmt: skip
 
 
 @pytest.fixture

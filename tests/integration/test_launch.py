@@ -214,6 +214,7 @@ def test_a_pod_needs_an_image(lab: Lab, cli: Cli) -> None:
     assert result.exit_code == 2 and "a pod needs an image" in result.output
 
 
+@pytest.mark.long
 def test_a_local_pool_does_what_one_process_does(lab: Lab, cli: Cli) -> None:
     config = lab.write(corpus__blocks_per_part=8, store__chunk_tokens=256)
     result = cli("launch", "local", config, "--workers", 2)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lab, build_parts
+from conftest import Lab, made_once
 from safetensors.torch import load_file
-
-from storage import durable
 
 STEPS = 20
 SIGNALLED = 75
@@ -23,19 +23,9 @@ Ends = list[tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def lab_of_caches(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Caches of two teachers, shared by the workers that pytest runs on."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    root: Path = tmp_path_factory.mktemp("ranks")
-    if session is not None:
-        root = tmp_path_factory.getbasetemp().parent / f"ranks-{session}"
-        root.mkdir(exist_ok=True)
-    with durable.alone(root / "lock"):
-        if not (root / "made").exists():
-            build_parts(root)
-            Lab(root).workspace().cache_teachers()
-            (root / "made").touch()
-    return Lab(root)
+def lab_of_caches(cached_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Caches of two teachers, shared by the processes that pytest runs on; each trains elsewhere."""
+    return Lab(made_once(tmp_path_factory, "ranks", partial(shutil.copytree, cached_parts)))
 
 
 def configure(lab: Lab, name: str = "ranks.yaml", **changes: Any) -> Path:
@@ -48,13 +38,16 @@ def configure(lab: Lab, name: str = "ranks.yaml", **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def played(lab_of_caches: Lab) -> dict[str, Any]:
-    """What every training of rank_runs.py came to, all from one process; played once a session."""
-    root, here = lab_of_caches.root, Path(__file__).parent
-    with durable.alone(root / "lock"):
-        if not (root / "played.json").exists():
-            (root / "played.json").write_text(play(configure(lab_of_caches), root / "ranks", here))
-    found: dict[str, Any] = json.loads((root / "played.json").read_text())
+def played(lab_of_caches: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every training of rank_runs.py came to, all from one process."""
+
+    def make(folder: Path) -> None:
+        told = play(configure(lab_of_caches), lab_of_caches.root / "ranks", Path(__file__).parent)
+        folder.mkdir()
+        (folder / "played.json").write_text(told)
+
+    text = (made_once(tmp_path_factory, "played", make) / "played.json").read_text()
+    found: dict[str, Any] = json.loads(text)
     return found
 
 

@@ -163,6 +163,7 @@ def test_the_reference_is_pinned(lab: Lab) -> None:
     assert "loss.alpha=0.9" in COMMON
 
 
+@pytest.mark.long
 def test_other_teachers_and_other_caches(lab: Lab) -> None:
     harness, caches = harness_of(lab), lab.root / "evidence/caches"
     names = ("with a weak one", "1 + 8 draws")
@@ -177,6 +178,7 @@ def test_other_teachers_and_other_caches(lab: Lab) -> None:
     assert config["num_hidden_layers"] == 2, "one of three layers is left out"
 
 
+@pytest.mark.long
 def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = [(f"def f{i}(): return {i}", f"Return {i}.") for i in (1, 2, 3, 4, 5, 6, 6)]
     monkeypatch.setattr(instructions, "_functions", lambda: iter(functions))

@@ -161,6 +161,7 @@ def test_what_was_measured_before_is_not_the_next_models() -> None:
     assert before - resident_bytes(cpu) > 150_000_000
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of torch's build for CPUs")
 def test_the_process_itself_is_as_large_as_a_plan_says() -> None:
     code = (

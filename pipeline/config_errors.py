@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _override_of(key: str, told: str, overrides: Sequence[str]) -> str | None:
     for text in reversed(overrides):
         name = text.partition("=")[0]
         section = not key or name.startswith(f"{key}.")
-        if section and name.rpartition(".")[2] in told:
+        if section and re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", told):
             return f"--set {text}"
         if key and (key == name or key.startswith(f"{name}.")):
             return f"--set {text}"

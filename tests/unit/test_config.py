@@ -107,7 +107,8 @@ def test_an_override_of_a_length_replaces_the_other() -> None:
     ("overrides", "where"),
     [
         (["seed=1", "train.lr=-1"], "--set train.lr=-1, --set seed=1"),
-        (["threads=2", "loss.temperature=3.0"], "--set loss.temperature=3.0"),
+        (["loss.temperature=3.0", "store.k=8", "threads=2"], "--set loss.temperature=3.0"),
+        (["store.k=8", "fusion.k=9", "threads=2"], "--set fusion.k=9"),
         (["train.schedule=wsd", "train.decay=0.99"], "--set train.decay=0.99"),
         (["loss={alpha: 7}"], "--set loss={alpha: 7}"),
         (["train.epochs=null"], "--set train.epochs=null"),

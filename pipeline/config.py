@@ -109,7 +109,9 @@ class RunConfig(Options):
         self.fusion.require_teachers(self.fused_teachers)
         k = self.fusion.k
         if k is not None and k > self.store.entries:
-            raise ValueError(f"fusion.k {k} is more than the {self.store.entries} that are cached")
+            raise ValueError(
+                f"fusion.k {k} is more than store.k, {self.store.entries}: that many are cached"
+            )
         if k is not None and k < self.store.entries and self.store.drawn:
             raise ValueError("fusion.k cannot be less than store.k where tail draws are cached")
         if k is not None and k != self.store.entries and self.train.decode == "device":

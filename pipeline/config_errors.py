@@ -46,14 +46,14 @@ def explained(
 
 
 def _override_of(key: str, told: str, overrides: Sequence[str]) -> str | None:
-    """Returns the override, as it was typed, that gave a key or what holds it; of a section's problem
-    one that the problem names."""
+    """Returns the override, as it was typed, that gave a key or what holds it; of a problem between a
+    section's keys one whose name in that section the problem tells."""
     for text in reversed(overrides):
         name = text.partition("=")[0]
-        section = not key or name.startswith(f"{key}.")
-        if section and re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", told):
-            return f"--set {text}"
         if key and (key == name or key.startswith(f"{name}.")):
+            return f"--set {text}"
+        inner = name.removeprefix(f"{key}." if key else "")
+        if (not key or inner != name) and re.search(rf"(?<![\w.]){re.escape(inner)}\b", told):
             return f"--set {text}"
     return None
 

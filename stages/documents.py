@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stages.options import SourceOptions
-from stages.passages import passages
+from stages.passages import VERSION, Passages
 from storage.errors import CorpusError
 from storage.fingerprint import HashMemo
 from storage.types import Bool, Int32, Int64
@@ -49,6 +49,8 @@ def source_files(source: SourceOptions, key: str) -> list[Path]:
     """
     pattern = f"{source.path}/**/*.arrow" if source.format == "disk" else source.path
     files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+    if source.format == "disk":  # what somebody's `map` left there is no text of the data set
+        files = [path for path in files if not path.name.startswith("cache-")]
     if not files:
         raise CorpusError(
             "the source has no files", found=source.path,
@@ -63,6 +65,8 @@ def source_identity(source: SourceOptions, key: str, memo: HashMemo) -> dict[str
     identity = source.model_dump(mode="json")
     if source.passage_chars is None:
         del identity["passage_chars"]  # corpora from before there was such a key stay what they are
+    else:
+        identity["passages"] = VERSION
     if source.format != "hub":
         del identity["path"]  # a corpus that is moved stays the same corpus
         identity["files"] = [memo.sha256(path) for path in source_files(source, key)]
@@ -101,23 +105,16 @@ def load_rows(source: SourceOptions, key: str) -> Any:
             found=", ".join(rows.column_names), todo="set text_field or messages_field",
         )  # fmt: skip
     rows = rows.select_columns([column])
-    text = str(getattr(rows.features[column], "dtype", "")) in ("string", "large_string")
-    if not source.passage_chars or not text:  # what is no text is refused when it is read
+    if not source.passage_chars:
         return rows
-    return rows.map(
-        partial(_cut, column, source.passage_chars), batched=True,
-        features=datasets.Features({column: datasets.Value("large_string")}),
-        keep_in_memory=not rows.cache_files,
+    return Passages(rows, column, source.passage_chars, partial(_refused, source, key))
+
+
+def _refused(source: SourceOptions, key: str, row: int, what: str) -> CorpusError:
+    return CorpusError(
+        what, where=f"{key}: {source.path}, row {row}",
+        todo="mend or drop the row, or check text_field and messages_field",
     )  # fmt: skip
-
-
-def _cut(
-    column: str, length: int, batch: dict[str, list[str | None]]
-) -> dict[str, list[str | None]]:
-    cut: list[str | None] = []
-    for text in batch[column]:
-        cut += passages(text, length) if text else [text]
-    return {column: cut}
 
 
 def _load(source: SourceOptions, key: str) -> Any:
@@ -220,10 +217,7 @@ class DocumentStream:
         return value
 
     def _refuse(self, row: int, what: str) -> CorpusError:
-        return CorpusError(
-            what, where=f"{self.key}: {self.source.path}, row {row}",
-            todo="mend or drop the row, or check text_field and messages_field",
-        )  # fmt: skip
+        return _refused(self.source, self.key, row, what)
 
     def _tokenise(self, kept: list[tuple[int, str, Spans | None]]) -> Iterator[Document]:
         if not kept:

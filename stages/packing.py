@@ -230,8 +230,8 @@ class Packer:
                     f"{'held out' if heldout else 'to train on'}",
                     where=f"corpus.sources.{number}: {source.path}",
                     found=f"{len(self._rows(number))} documents",
-                    todo="cut the source into more documents, change `heldout`, or name a source "
-                    "with split: heldout",
+                    todo="cut it into more with passage_chars, change `heldout`, or name a source with "
+                    "split: heldout",
                 )  # fmt: skip
             return
         packed = sum(r.blocks for r in self.ranges) - sum(g.blocks for g in self.generations)

@@ -47,7 +47,9 @@ class StudentOptions(Options):
         if (self.model is None) == (self.config is None):
             raise ValueError("give either `model` or `config`")
         if self.config is not None and (self.keep_layers is not None or self.lora is not None):
-            raise ValueError("`keep_layers` and `lora` go with `model`: there is nothing to keep")
+            raise ValueError(
+                "`keep_layers` and `lora` go with `model`: `config` has nothing to keep"
+            )
         return self
 
 

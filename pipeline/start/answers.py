@@ -182,9 +182,9 @@ def _student(flags: Flags, answers: Answers) -> None:
     if given is not None:
         _set_student(given, answers)
     elif flags.keep_layers is not None:
-        answers.student = first
-        if first is None:  # the teacher is at fault, not the layers
+        if answers.faults:  # of a teacher, maybe of the one that would be cut
             return
+        answers.student = first
     elif flags.asking and first is not None:
         answers.say(
             "Student: a folder or hub name; a config.json for random weights; empty to cut it from the "
@@ -214,7 +214,9 @@ def _ask_layers(answers: Answers, first: ModelFacts) -> None:
 def _set_student(model: str, answers: Answers) -> None:
     key = "--student"
     facts = look_at_config(model, key) if model.endswith(".json") else look_at(model, None, key)
-    common_tokenizer({**answers.models(), "the student": facts}, False)
+    models = {**answers.models(), "the student": facts}
+    if any(one.tokenizer is not None for one in models.values()):  # no teacher could be looked at
+        common_tokenizer(models, False)
     answers.student = facts
     answers.say(f"  student: {facts.about}")
 

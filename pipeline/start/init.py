@@ -186,7 +186,7 @@ def _compose(
         key = text.partition("=")[0]
         for stale in (key, *(_TOKENS_OF_A_STEP if key in _TOKENS_OF_A_STEP else ())):
             comments.pop(stale, None)
-    validated(config, file)
+    validated(config, file, overrides)
     shown = shlex.quote(str(file))
     header = [
         f"{job.name}: {', '.join(job.teachers)} → a student of "

@@ -209,7 +209,7 @@ def _source(source: SourceOptions, key: str, tokenizer: Any) -> tuple[Found, Che
         if not (held and kept):
             empty = "to train on" if held else "held out"
             return found, Check("text", name, BAD, f"holding out {source.heldout} leaves nothing {empty}",
-                                "change heldout, or cut the source into more documents")  # fmt: skip
+                                "change heldout, or cut the texts with passage_chars")  # fmt: skip
     return found, Check("text", name, OK, f"{source.path}: {found.about}")
 
 

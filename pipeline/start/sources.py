@@ -45,7 +45,8 @@ class Found:
     def about(self) -> str:
         """One line for people."""
         column = self.options.messages_field or self.options.text_field
-        what = "chats" if self.options.messages_field else "texts"
+        what = "passages" if self.options.passage_chars else "texts"
+        what = "chats" if self.options.messages_field else what
         counted = "" if self.whole else "about "
         where = "" if self.options.format == "text" else f' in "{column}"'
         return f"{counted}{self.documents:,} {what}{where}, about {self.tokens:,} tokens"

@@ -108,13 +108,27 @@ def test_without_a_terminal_a_missing_answer_names_its_flag(
 
 def test_all_wrong_flags_are_told_at_once(home: Lab, cli: Cli) -> None:
     result = cli("init", "mine.yaml", "--yes", "--teacher", "one=nowhere/at/all", "--teacher", "two=b",
-                 "--keep-layers", "99", "--source", "x=x.docx", "--heldout", "x=none.jsonl")  # fmt: skip
+                 "--student", "b", "--keep-layers", "99", "--source", "x=x.docx",
+                 "--heldout", "x=none.jsonl")  # fmt: skip
     refused(result, "no such model folder", "so many layers cannot be kept", "cannot be told",
             "none.jsonl", code=1)  # fmt: skip
     assert result.output.count("error: ") == 4 and not Path("mine.yaml").exists()
     result = cli("init", "mine.yaml", "--yes", "--teacher", "nowhere/at/all", "--keep-layers", "2")
     refused(result, "no such model folder", "the text must be given")
     assert result.output.count("error: ") == 2
+    (home.root / "random.json").write_text((home.root / "a/config.json").read_text())
+    for student in (["--keep-layers", "99"], ["--student", "random.json"]):
+        result = cli("init", "mine.yaml", "--yes", "--teacher", "one=typo", "--teacher", "two=b",
+                     "--source", "x=x.jsonl", *student)  # fmt: skip
+        refused(result, "no such model folder", code=1)
+        assert result.output.count("error: ") == 1, "of the student nothing can be said yet"
+    result = cli("init", "mine.yaml", "--yes", "--teacher", "typo", "--source", "x=x.jsonl",
+                 "--student", "random.json")  # fmt: skip
+    refused(result, "no such model folder", code=1)
+
+
+def test_a_wrong_setting_is_named_as_it_was_typed(home: Lab, cli: Cli) -> None:
+    refused(cli("init", "mine.yaml", *FLAGS, "--set", "train.lrr=3"), "--set train.lrr=3")
 
 
 def test_nothing_is_overwritten(home: Lab, cli: Cli) -> None:

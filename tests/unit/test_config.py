@@ -111,6 +111,7 @@ def test_an_override_of_a_length_replaces_the_other() -> None:
         (["store.k=8", "fusion.k=9", "threads=2"], "--set fusion.k=9"),
         (["train.schedule=wsd", "train.decay=0.99"], "--set train.decay=0.99"),
         (["loss={alpha: 7}"], "--set loss={alpha: 7}"),
+        (["student.config=c", "threads=2"], "--set student.config=c"),
         (["train.epochs=null"], "--set train.epochs=null"),
     ],
 )
@@ -120,6 +121,25 @@ def test_overrides_that_are_wrong_are_named_and_not_the_file(
     with pytest.raises(ConfigError) as caught:
         load_config(DEMO, overrides)
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("written", "override"),
+    [
+        ("cluster: {teachers: {typo: {}}}\n", "fusion.teachers=[code]"),
+        ("loss: {temperature: 3.0}\n", "student.keep_layers.1=5"),
+        ("fusion: {k: 99}\n", "train.lr=1e-4"),
+    ],
+)
+def test_overrides_that_are_right_are_not_blamed(
+    tmp_path: Path, written: str, override: str
+) -> None:
+    raw = yaml.safe_load(DEMO.read_text()) | yaml.safe_load(written)
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    assert caught.value.where == str(file)
 
 
 def test_one_problem_is_told_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from stages.corpus import prepare
 from stages.documents import byte_offsets, is_heldout, source_identity
 from stages.options import CorpusOptions, SourceOptions
-from stages.passages import passages
+from stages.passages import Passages, passages
 from stages.progress import Silent
 from storage import durable
 from storage.blocks import BlockReader
@@ -290,7 +291,7 @@ def test_one_token_corpus(lab: Lab) -> None:
     assert blocks.present.sum() == 1 and not blocks.scored.any()
 
 
-@pytest.mark.parametrize("form", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["text", "jsonl", "parquet", "disk"])
 def test_a_corpus_of_passages_is_that_of_rows_of_passages(lab: Lab, form: str) -> None:
     """Tokens, documents and offsets; nothing of the text is lost at the cuts."""
     texts = ["\n\n".join(sentences(9, seed)) for seed in (1, 2)] + ["", "short"]
@@ -298,24 +299,29 @@ def test_a_corpus_of_passages_is_that_of_rows_of_passages(lab: Lab, form: str) -
     path = lab.root / f"whole.{form}"
     if form == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "disk":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
     else:
         texts = texts if form == "jsonl" else texts[:1]
         path.write_text(texts[0] if form == "text" else "\n".join(map(json.dumps, rows)))
     source = {"domain": "x", "format": form, "path": str(path), "heldout": 0.3}
-    mine = read_all(lab, options(lab, {**source, "passage_chars": 60}))
-    pieces = [piece for text in texts for piece in (passages(text, 60) if text else [text])]
+    cut = options(lab, {**source, "passage_chars": 60})
+    mine = read_all(lab, cut)
+    assert np.array_equal(read_all(lab, cut).tokens, mine.tokens), "reading changes no source"
+    pieces = [piece for text in texts for piece in passages(text, 60)]
     assert "".join(pieces) == "".join(texts) and len(pieces) > 8
     (lab.root / "pieces.jsonl").write_text("\n".join(json.dumps({"text": p}) for p in pieces))
-    cut = {**source, "format": "jsonl", "path": str(lab.root / "pieces.jsonl")}
-    theirs = read_all(lab, options(lab, cut), "theirs")
+    rows_of = {**source, "format": "jsonl", "path": str(lab.root / "pieces.jsonl")}
+    theirs = read_all(lab, options(lab, rows_of), "theirs")
     for name in ("tokens", "document", "offset", "loss_mask"):
         assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
 
 
 def test_what_cannot_be_cut_is_refused_as_ever(lab: Lab) -> None:
-    (lab.root / "numbers.jsonl").write_text('{"text": 7}\n')
-    source = {"domain": "x", "format": "jsonl", "path": str(lab.root / "numbers.jsonl")}
-    with pytest.raises(CorpusError, match="a row is int, not text"):
+    lines = [json.dumps({"text": text}) for text in ("a word " * 99, None)]
+    (lab.root / "nothing.jsonl").write_text("\n".join(lines))
+    source = {"domain": "x", "format": "jsonl", "path": str(lab.root / "nothing.jsonl")}
+    with pytest.raises(CorpusError, match=r"a row is NoneType, not text\n.*nothing.jsonl, row 1\n"):
         read_all(lab, options(lab, {**source, "passage_chars": 60}))
     with pytest.raises(ValidationError, match="names chats"):
         SourceOptions(**source, passage_chars=60, messages_field="chat")
@@ -326,7 +332,34 @@ def test_corpora_without_passages_stay_what_they_were(lab: Lab) -> None:
     whole = source_identity(SourceOptions(domain="x", format="jsonl", path=path), "s", memo)
     cut = SourceOptions(domain="x", format="jsonl", path=path, passage_chars=9)
     assert "passage_chars" not in whole
-    assert source_identity(cut, "s", memo) == {**whole, "passage_chars": 9}
+    assert source_identity(cut, "s", memo) == {**whole, "passage_chars": 9, "passages": 1}
+
+
+def test_what_others_leave_beside_a_data_set_is_no_text_of_it(lab: Lab) -> None:
+    folder = lab.root / "disk"
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(folder)
+    source, memo = (
+        SourceOptions(domain="x", format="disk", path=str(folder)),
+        HashMemo(lab.root / "m"),
+    )
+    before = source_identity(source, "s", memo)
+    datasets.load_from_disk(str(folder)).map(lambda row: {"text": row["text"] * 2})
+    assert list(folder.glob("cache-*.arrow")) and source_identity(source, "s", memo) == before
+
+
+def test_a_long_text_is_read_once_for_its_passages() -> None:
+    class Rows(list[dict[str, str]]):
+        read = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.read += 1
+            return super().__getitem__(index)
+
+    rows = Rows([{"text": "a word " * 1000}, {"text": "b " * 50}])
+    found = Passages(rows, "text", 20, lambda row, what: ValueError(what))
+    rows.read = 0
+    pieces = [piece for i in range(0, len(found), 16) for piece in found[i : i + 16]["text"]]
+    assert "".join(pieces) == "a word " * 1000 + "b " * 50 and rows.read == 2
 
 
 def test_hub_source_needs_a_revision() -> None:

@@ -127,9 +127,9 @@ def test_state_is_epoch_consumed_and_seed_and_another_seed_is_refused() -> None:
 
 
 def test_an_epoch_of_a_million_parts_is_cheap() -> None:
-    """The benchmark, which sees every block once, at two sizes: nothing is kept of a block."""
+    """The benchmark, which sees every block once, at two sizes: a few bytes a part, none a block."""
     import order as benchmark
 
     small, large = benchmark.run(1_000), benchmark.run(40_000)
     assert small["blocks"] == 99_000 and large["blocks"] == 3_960_000
-    assert large["build_peak_bytes"] - small["build_peak_bytes"] < 2 * 3_960_000
+    assert large["build_peak_bytes"] - small["build_peak_bytes"] < 100 * 39_000

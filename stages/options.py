@@ -127,15 +127,15 @@ class StoreOptions(Options):
     """What is kept of every teacher's distribution."""
 
     preset: Literal["exact", "balanced", "compact"] = Field(
-        "balanced",
-        description="exact: float32; balanced: near-lossless (KL about 2e-5); compact: a small "
-        "head, and draws that stand for the tail without bias.",
+        "compact",
+        description="compact: a small head, and draws that stand for the tail without bias; balanced: "
+        "a large head, near-lossless (KL about 2e-5), and the mass of the tail; exact: that in float32.",
     )
     k: Count | None = Field(
-        None, description="Head entries a token; if not given the preset's: 64, compact 16."
+        None, description="Head entries a token; if not given: 16 of compact, 64 of the others."
     )
     draws: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Tail draws a token; if not given the preset's: 0, compact 16."
+        None, description="Tail draws a token; if not given: 16 of compact, 0 of the others."
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="End a row's head where its mass reaches this, at k at the latest."

@@ -131,7 +131,7 @@ class Lab:
                 "one": {"model": f"{root}/a", "feature_layers": [2]},
                 "two": {"model": f"{root}/b", "feature_layers": [2]},
             },
-            "store": {"k": 8, "temperatures": [2.0], "chunk_tokens": 16},
+            "store": {"preset": "balanced", "k": 8, "temperatures": [2.0], "chunk_tokens": 16},
             "student": {"model": f"{root}/a", "keep_layers": [0, 2]},
             "loss": {
                 "features": {"weight": 0.1, "pairs": [{"student": 1, "teacher": 2}]},

@@ -55,7 +55,7 @@ HUB: Final = {"SmolLM2-1.7B": 24, "SmolLM2-360M": 32, "SmolLM2-135M": 30}
 TINY: Final[dict[str, Any]] = {
     "device": "cpu", "threads": 1,
     "corpus": {"block_length": 32, "blocks_per_part": 16},
-    "store": {"k": 8, "temperatures": [2.0], "chunk_tokens": 16},
+    "store": {"preset": "balanced", "k": 8, "temperatures": [2.0], "chunk_tokens": 16},
     "loss": {"chunk_tokens": 16, "features": {"pairs": [{"student": 1, "teacher": 2}]}},
     "student": {"keep_layers": [0, 2]},
     "teachers": {name: {"feature_layers": [2]} for name in TEACHERS},

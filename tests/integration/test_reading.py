@@ -106,7 +106,7 @@ def test_a_teacher_without_features_has_no_segments_to_disagree_about(lab: Lab, 
     [
         ({"teachers": ["three"]}, {}, "three"),
         ({"teachers": []}, {}, "none"),
-        ({"k": 9}, {}, "more than the 8"),
+        ({"k": 9}, {}, "more than store.k, 8"),
         ({"k": 3}, {"draws": 4}, "tail draws"),
     ],
 )

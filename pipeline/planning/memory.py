@@ -117,8 +117,7 @@ def student_peak(work: Workspace, shape: Shape, gpu: bool, ranks: int) -> Peak:
     trainable, length = shape.trainable + projections, config.corpus.block_length
     tokens, bf16 = blocks * length, train.precision == "bf16"
     e, remade = 2 if bf16 else 4, train.gradient_checkpointing
-    gradients = 4 * trainable // pieces
-    entries = fused_entries(work)
+    entries, gradients = fused_entries(work), 4 * trainable // pieces
     target = tokens * (16 * entries + 8 * len(config.fused_teachers))
     # On a CPU also the step that is read ahead, and what it is fused from.
     readers = 1 if gpu else 3

@@ -59,7 +59,7 @@ cache-teachers: $(BIN)/.installed  ## stage one: every teacher once over the cor
 
 train-student: cache-teachers  ## the whole job: cache, train, evaluate, report (CONFIG=path, LAUNCH=slurm)
 	$(SCHOLIAST) train-student $(CONFIG)
-	$(SCHOLIAST) evaluate --quiet $(CONFIG) > /dev/null
+	$(SCHOLIAST) evaluate $(CONFIG) > /dev/null
 	$(SCHOLIAST) report $(CONFIG)
 endif
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from stages.batches import BatchReader
+    from stages.evaluate import Sums
     from stages.run import Run
     from stages.text_scores import Continuation
 
@@ -55,9 +56,10 @@ def evaluate(
     work.progress.start("evaluate", len(runs) + 1 + len(models) + len(teachers), "model")
     cached = cached_figures(work, reader, info, prompts)
     students: dict[str, Any] = {}
+    by_block: dict[str, Sums] = {}
     tokens = token_view(work, reader, info.block_ids("heldout"))
     for name, model in _students(work, runs, models, device, jobs):
-        students[name], written = _figures(work, model, reader, info, prompts)
+        students[name], written, by_block[name] = _figures(work, model, reader, info, prompts)
         _show(prompts, name, written)
         tokens.add_student(name, model)
         del model
@@ -75,11 +77,26 @@ def evaluate(
         "fused": cached["fused"],
         "teacher_models": loaded,
         "students": {name: students[name] for name in (BEFORE, *runs, *models)},
+        "fused_less_baseline": _fused_less_baseline(work, info, by_block),
         "samples": list(prompts.shown.values()),
         "tokens": tokens.as_json(),
         "cache": work.cache_costs(jobs),
         "training": {name: training_cost(run, str(device)) for name, run in runs.items()},
     }  # fmt: skip
+
+
+def _fused_less_baseline(
+    work: Workspace, info: CorpusInfo, by_block: Mapping[str, Sums]
+) -> dict[str, Any] | None:
+    """Returns the difference of the two students' held-out losses, None without both."""
+    from stages.evaluate import loss_difference
+
+    if not {FUSED, BASELINE} <= set(by_block):
+        return None
+    options, heldout = work.config.evaluate, info.block_ids("heldout")
+    return loss_difference(
+        by_block[FUSED], by_block[BASELINE], info, heldout, options.resamples, options.seed
+    )
 
 
 def student_figures(
@@ -102,8 +119,8 @@ def student_figures(
 
 def _figures(
     work: Workspace, model: Any, reader: BatchReader, info: CorpusInfo, prompts: HeldoutText
-) -> tuple[dict[str, Any], list[Continuation]]:
-    """Returns what `student_figures` does, and the greedy continuations."""
+) -> tuple[dict[str, Any], list[Continuation], Sums]:
+    """Returns what `student_figures` does, the greedy continuations, and the sums of each block."""
     from stages.evaluate import forward_speed, heldout_sums, table
     from stages.student import DistilledStudent
 
@@ -118,7 +135,7 @@ def _figures(
         "domains": table(sums, info, heldout, options.resamples, options.seed),
         "generation": generation,
         "tokens_per_s": forward_speed(model, reader, heldout, options.batch_blocks, bf16),
-    }, greedy  # fmt: skip
+    }, greedy, sums  # fmt: skip
 
 
 def cached_figures(

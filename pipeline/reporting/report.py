@@ -10,6 +10,7 @@ without it, whatever the number of steps.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,13 +135,19 @@ def _verdict(evaluation: Evaluation) -> str:
             "the teachers helped."
         )
     percent = compared["difference_percent"]
+    apart = (evaluation.get("fused_less_baseline") or {}).get("interval")
     verb = "beats" if fused < baseline else "does not beat"
+    told = ""
+    if apart:
+        low, high = (100.0 * math.expm1(bound) for bound in apart)
+        verb = "is not told apart from" if low <= 0.0 <= high else verb
+        told = f" (95 % interval over held-out blocks: {low:+.1f} to {high:+.1f} per cent)"
     size = f"{abs(percent):.1f}" if abs(percent) >= 0.95 else f"{abs(percent):.2g}"
     difference = f"{size} per cent {'lower' if percent < 0 else 'higher'}"
     return (
         f"The student taught by the fused teachers {verb} the one trained on cross-entropy alone: "
         f"overall held-out perplexity {perplexity(fused)} against {perplexity(baseline)}"
-        f"{_steps_taken(evaluation)}, {difference if percent else 'no difference'}."
+        f"{_steps_taken(evaluation)}, {difference if percent else 'no difference'}{told}."
     )
 
 
@@ -187,6 +194,7 @@ def _view(evaluation: Evaluation) -> dict[str, Any]:
         "overall": report_tables.overall(evaluation),
         "several": report_tables.several(evaluation),
         "metrics": report_tables.by_metric(evaluation),
+        "prompts": evaluation["config"].get("evaluate", {}).get("prompts"),
         "generation": report_tables.generation(evaluation),
         "weights": report_tables.of_teachers(evaluation, "weight"),
         "entropies": report_tables.of_teachers(evaluation, "entropy"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def answer_scores(work: Workspace, model: Any, corpus: BlockReader) -> dict[str, float]:
-    """Returns BLEU and ROUGE-L of greedy answers, {} where the corpus has no such task."""
+    """Returns BLEU, ROUGE-L and distinct-1 of greedy answers, {} where the corpus has no such task."""
     if DOMAIN not in corpus.info.domains:
         return {}
     from stages.generation import continue_prompts
@@ -32,7 +32,9 @@ def answer_scores(work: Workspace, model: Any, corpus: BlockReader) -> dict[str,
     if not written:
         return {}
     found = text_scores(written, 0, 0)[DOMAIN]
-    return {f"answer_{name}/{DOMAIN}": float(found[name]) for name in ("bleu", "rouge_l")}
+    return {
+        f"answer_{name}/{DOMAIN}": float(found[name]) for name in ("bleu", "rouge_l", "distinct_1")
+    }
 
 
 def questions(corpus: BlockReader, count: int) -> list[Prompt]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
               help="Runs of each row.")  # fmt: skip
 @click.option("--steps", default=49, show_default=True, type=click.IntRange(1),
               help="Optimizer steps of every row.")  # fmt: skip
-@click.option("--task", default=0, envvar="SLURM_ARRAY_TASK_ID", type=click.IntRange(0),
-              help="Which share of the runs is done here, from 0.")  # fmt: skip
-@click.option("--tasks", default=1, envvar="SLURM_ARRAY_TASK_COUNT", type=click.IntRange(1),
-              help="In how many shares the runs are cut.")  # fmt: skip
+@click.option("--task", type=click.IntRange(0),
+              help="Which share of the runs is done here, from 0; arrays are recognised.")  # fmt: skip
+@click.option("--tasks", type=click.IntRange(1), help="In how many shares the runs are cut.")
 @click.option("--folder", default="runs/reproduce", show_default=True,
               type=click.Path(file_okay=False, path_type=Path), help="For runs and results.")  # fmt: skip
 @click.option(
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 @json_option
 @run_options
 def reproduce(
-    config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int, tasks: int,
-    folder: Path, dry_run: bool, keep: bool, page: Path | None, elsewhere: Sequence[Path],
-    overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
+    config: Path, tables: str, names: Sequence[str], seeds: int, steps: int, task: int | None,
+    tasks: int | None, folder: Path, dry_run: bool, keep: bool, page: Path | None,
+    elsewhere: Sequence[Path], overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make the evidence: train every row of the tables for several seeds, and compare.
 
@@ -60,21 +60,25 @@ def reproduce(
     """
     from pipeline.console import Console
     from pipeline.reproduce.harness import Harness
-    from pipeline.reproduce.runs import share, take_runs, tasks_of
+    from pipeline.reproduce.runs import read_runs, share, take_runs, tasks_of
+    from pipeline.tasks import find_task
 
     console = Console(quiet)
     click.get_current_context().find_root().obj = console
-    if task >= tasks:
-        raise click.BadParameter(f"shares go from 0 to {tasks - 1}", param_hint="--task")
+    if dry_run and page is not None:
+        raise click.BadParameter("a dry run writes no page", param_hint="--write-results")
+    place = find_task(task, tasks, os.environ)
     harness = Harness(config, overrides, folder, steps, console)
     rows = chosen(harness, tables, names)
-    if not dry_run:
-        for path in elsewhere:
-            console.say(f"{take_runs(harness, path, seeds)} runs taken from {path}")
-    mine = share(tasks_of(harness, rows, seeds), task, tasks)
+    given = {path: read_runs(path) for path in elsewhere}
+    mine = tasks_of(harness, rows, seeds)
+    if place is not None:
+        mine = share(mine, place.index, place.count)
     if dry_run:
-        show_plan(console, harness, mine, as_json)
+        show_plan(console, harness, mine, set().union(*given.values()), as_json)
         return
+    for path, runs in given.items():
+        console.say(f"{take_runs(harness, runs, seeds)} runs taken from {path}")
     if page is None:
         busy = perform_all(console, harness, mine, keep)
         if busy:
@@ -115,30 +119,37 @@ def perform_all(console: Console, harness: Harness, tasks: Sequence[Task], keep:
     return busy
 
 
-def show_plan(console: Console, harness: Harness, tasks: Sequence[Task], as_json: bool) -> None:
-    """Prints the runs, and what is left by the mean time of finished ones of their kind."""
+def show_plan(
+    console: Console, harness: Harness, tasks: Sequence[Task], given: Collection[str], as_json: bool
+) -> None:
+    """Prints the runs, and what is left by the mean time of finished ones of their kind.
+
+    Args:
+        given: names of runs that were finished elsewhere, and would be taken.
+    """
     from pipeline.console import duration
     from pipeline.reproduce.runs import seconds_by_kind
 
     seconds = seconds_by_kind(tasks)
-    left, unknown, lines, facts = 0.0, 0, [], []
+    left, unknown, ready, lines, facts = 0.0, 0, 0, [], []
     for task in tasks:
         expected = seconds.get((task.row.kind, harness.steps_of(task.row)))
-        if not task.done:
+        done = task.done or task.folder.name in given
+        ready += done
+        if not done:
             left += expected or 0.0
             unknown += expected is None
         facts.append(
-            {"run": task.folder.name, "table": task.row.table, "done": task.done,
-             "seconds_left": None if task.done else expected}
+            {"run": task.folder.name, "table": task.row.table, "done": done,
+             "seconds_left": None if done else expected}
         )  # fmt: skip
-        shown = "–" if expected is None or task.done else duration(expected)
-        lines.append([task.folder.name, task.row.table, "done" if task.done else "", shown])
+        shown = "–" if expected is None or done else duration(expected)
+        lines.append([task.folder.name, task.row.table, "done" if done else "", shown])
     if as_json:
         click.echo(json.dumps({"dry_run": True, "runs": facts}, indent=1))
         return
     console.table(["run", "table", "state", "time left"], lines, left=(0, 1, 2))
-    done = sum(task.done for task in tasks)
-    click.echo(f"\n{done} of {len(tasks)} runs done, {duration(left)} to go on this machine" + (
+    click.echo(f"\n{ready} of {len(tasks)} runs done, {duration(left)} to go on this machine" + (
         f", and {unknown} runs of a kind that has not been timed; caches not counted" if unknown else ""
     ))  # fmt: skip
 
@@ -147,13 +158,14 @@ def save_results(harness: Harness, seeds: int, page: Path) -> None:
     """Writes results.json and about.json of every finished run, and the page with its plots."""
     from pipeline.reproduce.drawings import draw
     from pipeline.reproduce.page import load_results, write_page
-    from pipeline.reproduce.runs import collect, describe, finished_runs
+    from pipeline.reproduce.runs import collect, describe, finished_runs, require_comparable
     from storage import durable
 
+    require_comparable(harness)
     raw = collect(harness, harness.rows, seeds)
     folder = harness.folder
     durable.write_bytes(folder / "results.json", json.dumps(raw, indent=0).encode())
-    about = describe(harness, seeds)
+    about = describe(harness, seeds, page)
     durable.write_bytes(folder / "about.json", json.dumps(about, indent=1).encode())
     runs = json.dumps(finished_runs(harness, seeds), indent=0).encode()
     durable.write_bytes(page.with_suffix(".json"), runs)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.reproduce.results import KD, PERPLEXITY, Results
+from pipeline.reproduce.results import CE_LOSS, KD, PERPLEXITY, Results, Spread
 from pipeline.reproduce.rows import APPROACHES, CE, ENCODINGS, MULTITASK, ONLINE, SENSITIVITY
 
-CE_LOSS, BYTES = "ce/overall", "bytes_per_token"
+BYTES = "bytes_per_token"
 LABELS: Final = {
-    PERPLEXITY: "held-out perplexity", KD: "KL to the fused teachers, nats a token",
-    CE_LOSS: "held-out cross-entropy, nats a token",
+    PERPLEXITY: "held-out perplexity", KD: "distillation loss, nats a token",
+    CE_LOSS: "held-out loss, nats a token",
 }  # fmt: skip
 
 
@@ -76,39 +76,56 @@ def dots(
 
 
 def _frontier(results: Results, table: str, groups: Mapping[tuple[str, str], str]) -> Any:
-    """Held-out loss over bytes a token, a line an encoding; the bounds as levels."""
+    """Held-out loss over bytes a token, a line an encoding, the bounds as levels; beside it, where whole
+    distributions were learnt online, the distance to them: what pairing by seed leaves of the spread."""
     import matplotlib.pyplot as plt
 
-    points: dict[str, list[tuple[float, float, float, str]]] = {}
+    rows: dict[str, list[tuple[float, str]]] = {}
     for row in results.rows[table]:
-        size, loss = results.spread(table, row, BYTES), results.spread(table, row, CE_LOSS)
-        if size is not None and loss is not None and row not in (CE, ONLINE):
-            points.setdefault(groups.get((table, row), ""), []).append(
-                (size.mean, loss.mean, loss.sd or 0.0, row)
-            )
-    if not points:
+        size = results.spread(table, row, BYTES)
+        if size is not None and row not in (CE, ONLINE) and results.seeds(table, row, CE_LOSS):
+            rows.setdefault(groups.get((table, row), ""), []).append((size.mean, row))
+    if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colours = _colours(list(points))
-    for group, found in points.items():
-        sizes, losses, spreads, names = zip(*sorted(found), strict=True)
-        axes.errorbar(
-            sizes, losses, spreads, fmt="o-", label=group, color=colours[group], capsize=3
-        )
-        for size, loss, name in zip(sizes, losses, names, strict=True):
-            short = name.rpartition(", ")[2].removesuffix(" draws")
-            axes.annotate(
-                short, (size, loss), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
+    online = bool(results.seeds(table, ONLINE, CE_LOSS))
+    figure, panels = plt.subplots(
+        1, 1 + online, figsize=(10, 4.5), layout="constrained", squeeze=False
+    )
+    whole, *apart = panels[0]
+    _lines(whole, rows, lambda row: list(results.seeds(table, row, CE_LOSS).values()))
     for row, style in ((ONLINE, "--"), (CE, ":")):
         level = results.spread(table, row, CE_LOSS)
         if level is not None:
-            axes.axhline(level.mean, color="black", linestyle=style, linewidth=1, label=row)
-    axes.set_xlabel("bytes a token and teacher, everything counted")
-    axes.set_ylabel(LABELS[CE_LOSS])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+            whole.axhline(level.mean, color="black", linestyle=style, linewidth=1, label=row)
+    whole.set_ylabel(LABELS[CE_LOSS])
+    whole.legend(fontsize=8)
+    for axes in apart:
+        _lines(axes, rows, lambda row: results.paired(table, row, ONLINE, CE_LOSS))
+        axes.axhline(0, color="black", linestyle="--", linewidth=1)
+        axes.set_ylabel("less that of whole distributions online, seed by seed")
     return figure
+
+
+def _lines(
+    axes: Any, rows: Mapping[str, list[tuple[float, str]]], values: Callable[[str], list[float]]
+) -> None:
+    """Means and standard deviations of `values` of a row over its bytes a token, a line a group."""
+    colours = _colours(list(rows))
+    for group, found in rows.items():
+        points = [(size, Spread.of(values(row)), row) for size, row in sorted(found) if values(row)]
+        axes.errorbar(
+            [size for size, _, _ in points], [spread.mean for _, spread, _ in points],
+            [spread.sd or 0.0 for _, spread, _ in points],
+            fmt="o-", label=group, color=colours[group], capsize=3,
+        )  # fmt: skip
+        for size, spread, row in points:
+            short = row.rpartition(", ")[2].removeprefix("k = ").removesuffix(" draws")
+            axes.annotate(
+                short, (size, spread.mean), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+    axes.set_xlabel("bytes a token and teacher, everything counted")
+    axes.margins(x=0.12)  # room for the last label
+    axes.grid(alpha=0.3)
 
 
 def _colours(groups: list[str]) -> dict[str, str]:

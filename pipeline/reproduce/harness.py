@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import load_config, merged
 from pipeline.reproduce import instructions
@@ -21,7 +22,7 @@ from stages.progress import Progress
 from storage import durable
 from storage.fingerprint import fingerprint
 
-WEAK = "weak"
+WEAK, _MADE_FROM = "weak", "made_from.json"
 _ELSEWHERE = (
     "name", "run_dir", "corpus_dir", "cache_dir", "assets", "device", "threads", "reading", "evaluate",
 )  # fmt: skip
@@ -49,12 +50,18 @@ class Harness:
         self.base = Workspace(load_config(config, overrides), progress)
         self.chats = instructions.SIZES[self.base.config.assets or "demo"]
         self.raw = merged(config, overrides)
+        self.shared = folder / f"shared-{fingerprint(self._shared())[:8]}"
         self.rows = all_rows(self.raw)
         self._prepared: set[tuple[str, bool, bool]] = set()
         self._keys: dict[Row, str] = {}
         self._names: dict[str, str] = {}
         for row in self.rows:
             self._names.setdefault(self.key(row), _slug(row))
+
+    def _shared(self) -> dict[str, Any]:
+        """Returns what decides the weak teacher, the mix and the caches of other encodings."""
+        said = {k: self.raw.get(k) for k in ("corpus", "teachers", "store")}
+        return {**said, "chats": [self.chats.train, self.chats.heldout]}
 
     def key(self, row: Row) -> str:
         """Returns what decides a row's students, seeds apart: rows of one key are one run.
@@ -82,6 +89,13 @@ class Harness:
         key = self.key(row)
         return self.folder / "runs" / f"{self._names[key]}-{key[:8]}-{seed}"
 
+    def folders(self) -> Iterator[tuple[Row, Path]]:
+        """Yields the folders of all runs of this configuration that have begun, whatever their seed."""
+        for row in {self.key(row): row for row in self.rows}.values():
+            key = self.key(row)
+            for folder in (self.folder / "runs").glob(f"{self._names[key]}-{key[:8]}-*"):
+                yield row, folder
+
     def steps_of(self, row: Row) -> int:
         """Returns the optimizer steps of a row; the mix is longer."""
         return round(self.steps * self.chats.longer) if row.mixed else self.steps
@@ -98,12 +112,12 @@ class Harness:
     def yardstick(self, mixed: bool) -> Workspace:
         """Returns what all students of a corpus are measured with, whatever they were taught from:
         the reference's fused target at temperature 1, from the configuration's caches."""
-        place = self.folder / ("yardstick-mixed" if mixed else "yardstick")
+        place = self.shared / ("yardstick-mixed" if mixed else "yardstick")
         own = [f"run_dir={place}", "train.steps=1", "loss.target=bucket"]
         return self._open(own, Row("", "", mixed=mixed))
 
     def _open(self, own: Sequence[str], row: Row) -> Workspace:
-        base, mix = self.base.config, self.folder / "mix"
+        base, mix = self.base.config, self.shared / "mix"
         corpus = base.corpus_dir or f"{base.run_dir}/corpus"
         cache = base.cache_dir or f"{base.run_dir}/cache"
         more = []
@@ -112,9 +126,9 @@ class Harness:
             mixed = [*self.raw["corpus"]["sources"], *instructions.sources(mix / "text")]
             more.append(f"corpus.sources={json.dumps(mixed)}")
         if row.weak:
-            more.append(f"teachers.{WEAK}.model={self.folder / WEAK}")
+            more.append(f"teachers.{WEAK}.model={self.shared / WEAK}")
         if row.cache:
-            cache = str(self.folder / "caches" / row.cache)
+            cache = str(self.shared / "caches" / row.cache)
         places = (f"corpus_dir={corpus}", f"cache_dir={cache}", "assets=null")
         work = Workspace(
             load_config(
@@ -131,13 +145,13 @@ class Harness:
         needs = (row.cache, row.weak, row.mixed)
         if needs in self._prepared:
             return
-        durable.make_folder(self.folder)
+        durable.make_folder(self.shared)
         with self._alone("shared"):
             self.base.ensure_assets()
             self.yardstick(False).cache_teachers()
         if row.mixed:
             with self._alone("mixed"):
-                instructions.build(self.folder / "mix" / "text", self.chats)
+                instructions.build(self.shared / "mix" / "text", self.chats)
                 self.yardstick(True).cache_teachers()
         with self._alone(row.cache or ("weak" if row.weak else "shared")):
             if row.weak:
@@ -147,26 +161,27 @@ class Harness:
 
     def _alone(self, what: str) -> AbstractContextManager[None]:
         """One process at a time makes a thing; different things are made side by side."""
-        return durable.alone(self.folder / f".preparing-{what}.lock")
+        return durable.alone(self.shared / f".preparing-{what}.lock")
 
     def _build_weak(self) -> None:
         """Makes the weak teacher: the first teacher without a sixth of its layers, from the middle,
         and nothing done to heal it."""
-        place = self.folder / WEAK
-        if place.exists():
-            return
         import torch
 
         from stages.head import find_decoder_layers
-        from stages.model_files import locate
+        from stages.model_files import locate, model_identity
         from stages.student import cut_layers
         from stages.teacher import load_causal_lm
         from stages.tokenizer import load_tokenizer
 
-        name, options = next(iter(self.base.config.teachers.items()))
-        folder = locate(options.model, options.revision, f"teachers.{name}.model")
+        place, (name, options) = self.shared / WEAK, next(iter(self.base.config.teachers.items()))
+        key = f"teachers.{name}.model"
+        folder = locate(options.model, options.revision, key)
+        made_from = json.dumps(model_identity(folder, key, self.base.memo)).encode()
+        if (place / _MADE_FROM).exists() and (place / _MADE_FROM).read_bytes() == made_from:
+            return
         model = load_causal_lm(
-            folder, f"teachers.{name}.model", dtype=torch.bfloat16, attention=options.attention,
+            folder, key, dtype=torch.bfloat16, attention=options.attention,
             device=torch.device("cpu"), trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
         count = len(find_decoder_layers(model))
@@ -174,7 +189,8 @@ class Harness:
         keep = [i for i in range(count) if not first <= i < first + max(1, count // 6)]
         staged = place.with_name(f".{WEAK}.partial")
         cut_layers(model, keep).to(torch.bfloat16).save_pretrained(staged)
-        load_tokenizer(folder, f"teachers.{name}.model").save_pretrained(staged)
+        load_tokenizer(folder, key).save_pretrained(staged)
+        durable.write_bytes(staged / _MADE_FROM, made_from)
         durable.replace_folder(staged, place)
 
 

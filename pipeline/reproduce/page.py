@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.reproduce.results import (
+    ANSWERS,
     BEST_SINGLE,
     BLEU,
+    CE_LOSS,
     DISTINCT,
     KD,
+    MEAN_SINGLE,
     PERPLEXITY,
     ROUGE,
+    SEEDS,
     Claim,
     Results,
     Spread,
@@ -34,14 +38,16 @@ from pipeline.reproduce.rows import (
 from storage import durable
 
 NAMES: Final = {
-    "perplexity": "perplexity", "kd": "distillation loss", "ce": "cross-entropy", "ece": "ECE",
-    "bleu": "BLEU", "rouge_l": "ROUGE-L", "answer_rouge_l": "ROUGE-L of answers", "accuracy": "accuracy",
-    "bytes_per_token": "bytes a token",
+    "perplexity": "perplexity", "kd": "distillation loss", "ce": "held-out loss", "ece": "ECE",
+    "bleu": "BLEU, greedy", "rouge_l": "ROUGE-L, greedy", "answer_rouge_l": "ROUGE-L of answers",
+    "accuracy": "accuracy",
+    "sampled_bleu": "BLEU", "sampled_rouge_l": "ROUGE-L", "bytes_per_token": "bytes a token",
     "training_seconds": "training, s",
 }  # fmt: skip
 FORMS: Final = {
     "perplexity": ".1f", "kd": ".3f", "ce": ".3f", "ece": ".3f", "bleu": ".2f", "rouge_l": ".3f",
-    "answer_rouge_l": ".3f", "accuracy": ".3f", "bytes_per_token": ".1f", "training_seconds": ".0f",
+    "sampled_bleu": ".2f", "sampled_rouge_l": ".3f", "answer_rouge_l": ".3f", "accuracy": ".3f",
+    "bytes_per_token": ".1f", "training_seconds": ".0f",
 }  # fmt: skip
 MARKS: Final = {"": "", "token": " †", "calibration": " ‡"}
 HEADINGS: Final = {
@@ -53,8 +59,9 @@ INTRODUCTIONS: Final = {
     "differ in what stands in the loss. The ensemble and the teachers alone are not trained: they are "
     "measured from their notes.",
     SENSITIVITY: "One setting is changed at a time; the others are the reference's (entropy weights with "
-    "τ = 1, temperature 1, α = 0.9, no features). The weak teacher is the first one without a sixth of "
-    "its layers. Wrong layers: the student's first layer is aligned in place of the configured one.",
+    "τ = 1, temperature 1, α = 0.9, no features). 2 teachers are the first two of table 1. The weak "
+    "teacher, a further one, is the first without a sixth of its layers. Wrong layers: the student's "
+    "first layer is aligned in place of the configured one.",
     ENCODINGS: "Bytes a token and teacher are those of caches really made, everything counted, of the "
     "distributions alone (no features, no sums for other temperatures). 1 + S draws, one exact entry and "
     "S samples of the rest, is the nearest that the format has to sampling alone. Heads alone are stored "
@@ -92,7 +99,7 @@ def write_page(
             if table in pictures:
                 parts.append(f"![{HEADINGS[table]}]({pictures[table]})")
             parts.append(_differences(results, table))
-    parts += [_settings(about), _machines(about)]
+    parts += [_settings(results, about), _machines(about)]
     durable.write_bytes(path, ("\n\n".join(part for part in parts if part) + "\n").encode())
 
 
@@ -104,8 +111,12 @@ def _head(about: Mapping[str, Any]) -> str:
         f"up to {about['seeds']} seeds, {about['steps']} optimizer steps each; a seed decides the order "
         "of blocks and is the same for all rows. All students are measured on the same held-out blocks "
         "against one target, the teachers fused by entropy weights at temperature 1, whatever they were "
-        "taught from; the distillation loss is the KL to that target, nats a token. † its weights look "
-        "at the gold token of the rows trained on; ‡ at those of a calibration part.\n\n"
+        "taught from. The distillation loss is Σ_m w_m KL(teacher m ‖ student) with those weights, what "
+        "lies outside a teacher's stored entries as one event; nats a token. It favours students taught "
+        "by entropy weights, and its least is not 0 but how much the teachers differ. BLEU and ROUGE-L "
+        "are of sampled continuations (greedy ones are in the raw runs: weak students repeat "
+        "themselves). † its "
+        "weights look at the gold token of the rows trained on; ‡ at those of a calibration part.\n\n"
         f"```\n{commands}\n```"
     )
 
@@ -116,13 +127,13 @@ def _head(about: Mapping[str, Any]) -> str:
 def _table(results: Results, about: Mapping[str, Any], table: str) -> str:
     columns = _columns(results, table)
     rows = []
-    for row in [*results.rows[table], BEST_SINGLE]:
+    for row in [*results.rows[table], *_of_singles(results, table)]:
         name = row + MARKS[about["gold"].get(row, "")]
-        if row == BEST_SINGLE:
-            best = results.best_single(table)
-            if best is None:
-                continue
+        if row == BEST_SINGLE and (best := results.best_single(table)):
             name = f"{BEST_SINGLE}: {best.partition(': ')[2]}, picked on the held-out text"
+        seeds = max(len(results.seeds(table, row, m)) for m in columns)
+        if 1 < seeds < about["seeds"] or (seeds == 1 and row not in _constant(results, table)):
+            name += f" ({seeds} of {about['seeds']} seeds)"
         rows.append([name, *(_cell(results.spread(table, row, m), m) for m in columns)])
     return markdown(["", *(_heading(m) for m in columns)], rows)
 
@@ -133,31 +144,39 @@ def _columns(results: Results, table: str) -> list[str]:
     by_domain = [m for m in there if m.startswith("perplexity/") and m != PERPLEXITY]
     wanted = [*by_domain, PERPLEXITY, KD, "ece/overall", BLEU, ROUGE]
     if table == MULTITASK:
-        wanted += ["kd/docstrings", "accuracy/docstrings", "answer_rouge_l/docstrings"]
+        wanted += ["kd/docstrings", "accuracy/docstrings", ANSWERS]
     if table == ENCODINGS:
-        wanted = ["bytes_per_token", "ce/overall", PERPLEXITY, KD, "ece/overall"]
+        wanted = ["bytes_per_token", CE_LOSS, PERPLEXITY, KD, "ece/overall"]
     return [m for m in wanted if m in there]
 
 
 def _differences(results: Results, table: str) -> str:
     """Returns paired differences to cross-entropy, uniform weights and the online bound."""
     others = [o for o in (CE, UNIFORM, ONLINE) if o in results.rows[table]]
-    single = [BEST_SINGLE] if results.best_single(table) else []
-    metrics = [m for m in (PERPLEXITY, KD) if m in results.metrics[table]]
+    metrics = [m for m in (CE_LOSS, KD) if m in results.metrics[table]]
     columns = [(o, m) for o in others for m in metrics]
-    constant = [row for row in results.rows[table] if row == ENSEMBLE or row.startswith(ALONE)]
     rows = []
-    for row in [*results.rows[table], *single]:
+    for row in [*results.rows[table], *_of_singles(results, table)]:
         cells = [
             "–" if row == o else _difference(results.paired(table, row, o, m), m)
             for o, m in columns
         ]
-        if row not in constant and any(cell != "–" for cell in cells):
+        if row not in _constant(results, table) and any(cell != "–" for cell in cells):
             rows.append([row, *cells])
     if not rows:
         return ""
     text = markdown(["", *(f"{_heading(m)} − that of {o}" for o, m in columns)], rows)
     return f"Paired differences, seed by seed (in brackets: seeds in which the row is better):\n\n{text}"
+
+
+def _of_singles(results: Results, table: str) -> list[str]:
+    """Returns the rows that sum up the single teachers' students."""
+    return [BEST_SINGLE, MEAN_SINGLE] if results.best_single(table) else []
+
+
+def _constant(results: Results, table: str) -> list[str]:
+    """Returns the rows that no seed changes."""
+    return [row for row in results.rows[table] if row == ENSEMBLE or row.startswith(ALONE)]
 
 
 def _difference(apart: Sequence[float], metric: str) -> str:
@@ -171,10 +190,13 @@ def _difference(apart: Sequence[float], metric: str) -> str:
 def _claims(results: Results) -> str:
     """Returns a row a claim, a column a kind of metric."""
     found: dict[Claim, dict[str, str]] = {}
-    for one in answers(results):
-        cells = found.setdefault(one.claim, {})
-        difference = _cell(one.difference, one.metric, "+")
-        cells[_kind(one.metric)] = f"{one.verdict}: {difference} ({one.favour}/{one.seeds})"
+    asked = answers(results)
+    for one in asked:
+        form, apart = _form(one.metric), one.difference
+        numbers = f"{apart.mean:+{form}} ({apart.low:+{form}} to {apart.high:+{form}})"
+        found.setdefault(one.claim, {})[_kind(one.metric)] = (
+            f"{one.verdict}: {numbers}, {one.favour} of {one.seeds}"
+        )
     if not found:
         return ""
     kinds = list(dict.fromkeys(kind for cells in found.values() for kind in cells))
@@ -184,25 +206,33 @@ def _claims(results: Results) -> str:
     ]
     table = markdown(["claim", "rows", *(NAMES[kind] for kind in kinds)], rows, 2)
     return (
-        "## The claims\n\nWhat arXiv 2507.15198 claims, answered by paired differences over the seeds "
-        '(in brackets: seeds in favour). "Yes" and "no" need all seeds to agree and a mean beyond one '
-        "standard deviation; with three seeds chance alone does the former once in four times. Seeds do "
-        "not vary the prompts, so the spread of BLEU and ROUGE-L leaves out that of the text; where the "
-        "greedy text of a row repeats itself (distinct-1 below "
-        f'{DISTINCT}) they say nothing: "babble".\n\n' + table
+        "## The claims\n\nWhat arXiv 2507.15198 claims, answered by differences paired by seed: the "
+        "mean, in brackets its 95 % interval by Student's t, and in how many seeds the claim holds. "
+        f'"Yes" and "no" need {SEEDS} seeds and an interval that leaves zero out; of {len(asked)} '
+        f"answers chance alone would still give some {max(1, round(0.05 * len(asked)))}. Held-out loss "
+        "is the cross-entropy in nats a token, the logarithm of perplexity, in which no seed outweighs "
+        "the others. Rows of different weights are not compared by distillation loss, as its target has "
+        "entropy weights. BLEU and ROUGE-L are of sampled text; seeds do not vary the prompts, so their "
+        'intervals leave out the spread of texts. "Babble": the text that is scored repeats itself '
+        f"(distinct-1 below {DISTINCT}).\n\n" + table
     )
 
 
 def _kind(metric: str) -> str:
-    return metric.split("/")[0].removeprefix("answer_")
+    name = metric.split("/")[0]
+    return "sampled_rouge_l" if name == "answer_rouge_l" else name
 
 
 def _cell(found: Spread | None, metric: str, sign: str = "") -> str:
     if found is None:
         return "–"
-    form = FORMS.get(metric.split("/")[0], ".3g")
+    form = _form(metric)
     spread = "" if found.sd is None else f" ± {found.sd:{form}}"
     return f"{found.mean:{sign}{form}}{spread}"
+
+
+def _form(metric: str) -> str:
+    return FORMS.get(metric.split("/")[0], ".3g")
 
 
 def _heading(metric: str) -> str:
@@ -222,7 +252,7 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
 # -- how it was made
 
 
-def _settings(about: Mapping[str, Any]) -> str:
+def _settings(results: Results, about: Mapping[str, Any]) -> str:
     rows = [
         [
             row["table"],
@@ -230,6 +260,7 @@ def _settings(about: Mapping[str, Any]) -> str:
             " ".join(f"`{text}`" for text in row["settings"]) or "the reference",
         ]
         for row in about["rows"]
+        if row["row"] in results.rows.get(row["table"], [])
     ]
     common = " ".join(f"`{text}`" for text in about["common"])
     return (

@@ -120,7 +120,7 @@ def approaches(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
 
 def sensitivity(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
     """Returns table 2: one setting changed at a time; equal settings are one run of table 1."""
-    t, first = SENSITIVITY, teachers[0]
+    t = SENSITIVITY
     few = [
         Row(t, f"{n} teachers", (f"fusion.teachers={json.dumps(teachers[:n])}",), group="teachers")
         for n in range(2, len(teachers))
@@ -130,7 +130,10 @@ def sensitivity(teachers: Sequence[str], raw: Mapping[str, Any]) -> list[Row]:
             Row(t, f"temperature {x}", (f"loss.temperature={x}",), group="temperature")
             for x in (1.0, *raw.get("store", {}).get("temperatures", [1.5, 2.0]))
         ),
-        Row(t, "1 teacher", (f"fusion.weights=single:{first}",), group="teachers"),
+        *(
+            Row(t, f"1 teacher: {name}", (f"fusion.weights=single:{name}",), group="teachers")
+            for name in teachers
+        ),
         *few,
         Row(t, f"{len(teachers)} teachers", group="teachers"),
         Row(t, "with a weak one", weak=True, group="teachers"),

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,16 @@ from pipeline.reproduce.rows import COMMON, EVALUATION, NUMBERS, PINNED, Row
 from pipeline.workspace import Workspace
 from storage import durable
 from storage.errors import ConfigError
+from storage.fingerprint import fingerprint
 
 FIGURES = "figures.json"
 PACKAGES = ("scholiast", "torch", "transformers")
+_ALWAYS = {"seconds", "machine", "steps", "learned_from"}
+TRAINED = (
+    "batch_blocks", "accumulate", "lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay",
+    "betas", "clip", "precision",
+)  # fmt: skip
+"""What of `train` decides a student, the steps and the seed apart."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ def _measure(harness: Harness, task: Task) -> None:
     row, begun = task.row, time.monotonic()
     work, yardstick = harness.workspace(row, task.seed), harness.yardstick(row.mixed)
     harness.prepare(row, work)
+    learned_from = origin_of(yardstick)
+    require_one_origin(harness, row.mixed, learned_from)
     started, resumed = time.monotonic(), (task.folder / "students").exists()
     if row.kind == "notes":
         metrics = notes_figures(work, row.notes_of)
@@ -109,11 +118,48 @@ def _measure(harness: Harness, task: Task) -> None:
     whole = time.monotonic() - started
     figures = {
         "row": row.name, "kind": row.kind, "seed": task.seed, "steps": harness.steps_of(row),
-        "metrics": metrics,
+        "metrics": metrics, "learned_from": learned_from,
         "seconds": None if resumed else whole, "preparing_seconds": started - begun,
         "machine": machine(work),
     }  # fmt: skip
     durable.write_bytes(task.folder / FIGURES, json.dumps(figures, indent=1).encode())
+
+
+def origin_of(yardstick: Workspace) -> dict[str, Any]:
+    """Returns what makes runs comparable: the text, the teachers' notes (of these weights, by this
+    precision), and how every student is trained."""
+    info, jobs = yardstick.finished_jobs()
+    train = yardstick.config.train.model_dump(mode="json")
+    return {
+        "corpus": info.fingerprint,
+        "caches": {job.name: fingerprint(job.identity) for job in jobs},
+        **{name: train[name] for name in TRAINED},
+    }
+
+
+def require_one_origin(harness: Harness, mixed: bool, ours: Mapping[str, Any]) -> None:
+    """Refuses finished runs that learned from something else, as their differences would mean nothing.
+
+    Args:
+        mixed: those on the mix, or those on the corpus alone.
+        ours: of `origin_of`.
+
+    Raises:
+        ConfigError: names the first such run, and what is not the same.
+    """
+    for row, folder in harness.folders():
+        if row.mixed != mixed or not (folder / FIGURES).exists():
+            continue
+        theirs = json.loads((folder / FIGURES).read_text())["learned_from"]
+        differ = [name for name in ours if theirs.get(name) != ours[name]]
+        if differ:
+            raise ConfigError(
+                f"a finished run cannot be compared with those made here: {', '.join(differ)} differ",
+                where=folder, expected={name: ours[name] for name in differ},
+                found={name: theirs.get(name) for name in differ},
+                todo="give another --folder; runs taken from elsewhere need the same text, models, "
+                "precision and versions",
+            )  # fmt: skip
 
 
 def _costs(work: Workspace, row: Row, log: Path) -> dict[str, float]:
@@ -187,6 +233,19 @@ def read_figures(task: Task) -> dict[str, Any]:
     return found
 
 
+def require_comparable(harness: Harness) -> None:
+    """Refuses to compare finished runs of which some learned from something else.
+
+    Raises:
+        ConfigError
+    """
+    for mixed in (False, True):
+        done = [f for row, f in harness.folders() if row.mixed == mixed and (f / FIGURES).exists()]
+        if done:
+            first = json.loads((done[0] / FIGURES).read_text())
+            require_one_origin(harness, mixed, first["learned_from"])
+
+
 def collect(harness: Harness, rows: Sequence[Row], seeds: int) -> list[dict[str, Any]]:
     """Returns the raw rows {table, row, seed, metric, value} of every finished run."""
     raw = []
@@ -207,14 +266,8 @@ def finished_runs(harness: Harness, seeds: int) -> list[dict[str, Any]]:
     return [{"run": t.folder.name, "figures": read_figures(t)} for t in tasks if t.done]
 
 
-def take_runs(harness: Harness, path: Path, seeds: int) -> int:
-    """Takes runs that were finished elsewhere; those of other settings or seeds are no runs of ours.
-
-    Args:
-        path: of a file of `finished_runs`.
-
-    Returns:
-        How many were taken; what is finished here stays as it is.
+def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns run's name → figures of a file of `finished_runs`.
 
     Raises:
         ConfigError: the file is none of these.
@@ -223,7 +276,7 @@ def take_runs(harness: Harness, path: Path, seeds: int) -> int:
         read = json.loads(path.read_text())
         given = {one["run"]: one["figures"] for one in read}
         whole = isinstance(read, list) and all(
-            isinstance(figures["metrics"], dict) and {"seconds", "machine", "steps"} <= set(figures)
+            isinstance(figures["metrics"], dict) and _ALWAYS <= set(figures)
             and all(isinstance(value, int | float) for value in figures["metrics"].values())
             for figures in given.values()
         )  # fmt: skip
@@ -234,6 +287,16 @@ def take_runs(harness: Harness, path: Path, seeds: int) -> int:
             "finished runs cannot be read", where=path, expected="the JSON that --write-results writes",
             todo="name the file beside another machine's page",
         )  # fmt: skip
+    return given
+
+
+def take_runs(harness: Harness, given: Mapping[str, dict[str, Any]], seeds: int) -> int:
+    """Takes runs that were finished elsewhere; those of other settings or seeds are no runs of ours.
+    That they learned from the same is looked at when there is one of ours to compare with.
+
+    Returns:
+        How many were taken; what is finished here stays as it is.
+    """
     taken = 0
     for task in tasks_of(harness, harness.rows, seeds):
         if task.folder.name not in given or task.done:
@@ -255,8 +318,8 @@ def seconds_by_kind(tasks: Collection[Task]) -> dict[tuple[str, int], float]:
     return {key: sum(each) / len(each) for key, each in found.items()}
 
 
-def describe(harness: Harness, seeds: int) -> dict[str, Any]:
-    """Returns what the results belong to: commands, settings by row, machines, versions."""
+def describe(harness: Harness, seeds: int, page: Path) -> dict[str, Any]:
+    """Returns what the results on a page belong to: commands, settings by row, machines, versions."""
     tasks = [task for task in tasks_of(harness, harness.rows, seeds) if task.done]
     tables = [n for n, name in NUMBERS.items() if any(name == task.row.table for task in tasks)]
     more = "".join(f" --set {text}" for text in harness.overrides)
@@ -268,7 +331,7 @@ def describe(harness: Harness, seeds: int) -> dict[str, Any]:
             f'scholiast reproduce {harness.config} --tables "{" ".join(tables)}" --seeds {seeds} '
             f"--steps {harness.steps}{more}",
             f"scholiast reproduce {harness.config} --seeds {seeds} --steps {harness.steps}{more} "
-            "--write-results stages/RESULTS.md",
+            f"--write-results {page}",
         ],
         "common": [*PINNED, *COMMON, *EVALUATION],
         "rows": [

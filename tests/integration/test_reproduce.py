@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from conftest import Lab
 
 from pipeline.reproduce import instructions
 from pipeline.reproduce.answers import questions
+from pipeline.reproduce.command import save_results
+from pipeline.reproduce.drawings import draw
 from pipeline.reproduce.harness import Harness
-from pipeline.reproduce.online import fuse
-from pipeline.reproduce.results import Results, Spread, answers
-from pipeline.reproduce.rows import CE, COMMON, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
-from pipeline.reproduce.runs import FIGURES, claimed, perform, share, take_runs, tasks_of
+from pipeline.reproduce.online import CHUNK, _DenseLoss, fuse
+from pipeline.reproduce.results import MEAN_SINGLE, T975, Interval, Results, Spread, answers
+from pipeline.reproduce.rows import CE, COMMON, ENCODINGS, ENSEMBLE, ENTROPY, FULL, ONLINE, UNIFORM
+from pipeline.reproduce.runs import FIGURES, claimed, perform, read_runs, share, take_runs, tasks_of
+from stages.head import Head, HeadRule
 from stages.progress import Silent
 from stages.weighting import looks_at_gold
 from storage.errors import ConfigError
@@ -78,9 +82,10 @@ def test_from_nothing_to_the_page(lab: Lab, cli: Callable[..., Any]) -> None:
         "\n\n## Findings\n\nOne é.\n\n## The claims" in text and "(results-approaches.svg)" in text
     )
     assert (lab.root / "page/results-approaches.svg").read_text().startswith("<?xml")
-    taken = command(
-        lab, cli, "--take", lab.root / "page/RESULTS.json", "--folder", lab.root / "there"
-    )
+    elsewhere = ("--take", lab.root / "page/RESULTS.json", "--folder", lab.root / "there")
+    assert "9 of 9 runs done" in command(lab, cli, *elsewhere, "--dry-run").output
+    assert not (lab.root / "there").exists(), "a dry run writes nothing"
+    taken = command(lab, cli, *elsewhere)
     assert taken.exit_code == 0, taken.output
     there = {path.name for path in (lab.root / "there").glob("runs/*/*")}
     assert there == {FIGURES, ".lock"}, "nothing was trained again"
@@ -96,7 +101,7 @@ def test_what_is_no_list_of_runs_is_refused(lab: Lab, text: str) -> None:
     path = lab.root / "runs.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="finished runs cannot be read"):
-        take_runs(harness_of(lab), path, 1)
+        read_runs(path)
 
 
 def test_a_killed_run_goes_on_and_finished_ones_are_not_repeated(
@@ -165,7 +170,8 @@ def test_the_reference_is_pinned(lab: Lab) -> None:
 
 @pytest.mark.long
 def test_other_teachers_and_other_caches(lab: Lab) -> None:
-    harness, caches = harness_of(lab), lab.root / "evidence/caches"
+    harness = harness_of(lab)
+    caches = harness.shared / "caches"
     names = ("with a weak one", "1 + 8 draws")
     rows = [row for row in harness.rows if row.name in names]
     for row, task in zip(rows, tasks_of(harness, rows, 1), strict=True):
@@ -174,7 +180,7 @@ def test_other_teachers_and_other_caches(lab: Lab) -> None:
         assert metrics["bytes_per_token"] > 0 and metrics["kd/overall"] > 0
         assert (caches / row.cache / "one/cache.json").exists() == bool(row.cache)
     assert (lab.root / "run/cache/weak/cache.json").exists()
-    config = json.loads((harness.folder / "weak/config.json").read_text())
+    config = json.loads((harness.shared / "weak/config.json").read_text())
     assert config["num_hidden_layers"] == 2, "one of three layers is left out"
 
 
@@ -192,7 +198,7 @@ def test_the_instruction_task(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None
     metrics = json.loads((task.folder / FIGURES).read_text())["metrics"]
     assert {"kd/x", "kd/docstrings", "answer_rouge_l/docstrings"} <= set(metrics)
     chats = {
-        part: (harness.folder / f"mix/text/{part}.jsonl").read_text().splitlines()
+        part: (harness.shared / f"mix/text/{part}.jsonl").read_text().splitlines()
         for part in ("train", "heldout")
     }
     assert [len(set(lines)) for lines in chats.values()] == [2, 4]
@@ -225,29 +231,76 @@ def test_every_row_is_a_valid_configuration(lab: Lab) -> None:
         assert row.gold == looks_at_gold(fusion.weights), row.name
 
 
-def test_means_and_claims() -> None:
-    def rows(table: str, row: str, values: list[float]) -> list[dict[str, Any]]:
-        return [
-            {"table": table, "row": row, "seed": i, "metric": "perplexity/overall", "value": v}
-            for i, v in enumerate(values)
-        ]
+def raw_of(
+    row: str, values: list[float], metric: str = "ce/overall", table: str = "approaches"
+) -> list[dict[str, Any]]:
+    return [
+        {"table": table, "row": row, "seed": i, "metric": metric, "value": v}
+        for i, v in enumerate(values)
+    ]
 
+
+def test_means_and_claims() -> None:
+    values = {
+        FULL: [10.0, 11.0, 12.0], UNIFORM: [12.0, 12.5, 13.9], "single: one": [12.0, 10.0, 13.0],
+        "single: two": [15.0, 16.0, 17.0],
+    }  # fmt: skip
     found = Results(
-        rows("approaches", FULL, [10.0, 11.0, 12.0])
-        + rows("approaches", UNIFORM, [12.0, 12.5, 13.9])
-        + rows("approaches", "single: one", [12.0, 10.0, 13.0])
-        + rows("approaches", "single: two", [15.0, 16.0, 17.0])
-    )
+        [one for row, each in values.items() for m in ("ce/overall", "perplexity/overall")
+         for one in raw_of(row, each, m)]
+    )  # fmt: skip
     assert found.best_single("approaches") == "single: one"
+    assert found.seeds("approaches", MEAN_SINGLE, "ce/overall") == {0: 13.5, 1: 13.0, 2: 15.0}
     assert found.spread("approaches", FULL, "perplexity/overall") == Spread(11.0, 1.0)
-    assert found.paired("approaches", FULL, UNIFORM, "perplexity/overall") == pytest.approx(
-        [-2.0, -1.5, -1.9]
-    )
-    by_rival = {a.claim.worse: a for a in answers(found)}
+    apart = found.paired("approaches", FULL, UNIFORM, "perplexity/overall")
+    assert apart == pytest.approx([-2.0, -1.5, -1.9])
+    by_rival = {a.claim.worse: a for a in answers(found) if a.claim.better == FULL}
     assert (by_rival[UNIFORM].favour, by_rival[UNIFORM].verdict) == (3, "yes")
     assert (by_rival["best single"].favour, by_rival["best single"].verdict) == (
         2, "not told apart",
     )  # fmt: skip
+    assert by_rival[MEAN_SINGLE].verdict == "yes"
+
+
+def test_intervals_are_students_t() -> None:
+    """Reference: R's t.test(c(1, 2, 4))."""
+    found = Interval.of([1.0, 2.0, 4.0])
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (2.33333, -1.461237, 6.127904), abs=1e-3
+    )
+    assert Interval.of([1.0]).high == float("inf")
+    assert len(T975) == 21 and list(T975) == sorted(T975, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "distinct", "verdict"),
+    [
+        ([1.0, 1.1], [2.0, 2.1], 0.5, "too few seeds"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.3], 0.5, "yes"),
+        ([1.0, 1.1, 1.3], [2.0, 2.1, 2.2], 0.5, "no"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.3], 0.05, "babble"),
+    ],
+)
+def test_verdicts(better: list[float], worse: list[float], distinct: float, verdict: str) -> None:
+    bleu = "sampled_bleu/overall"
+    raw = raw_of(ENTROPY, better, bleu) + raw_of(UNIFORM, worse, bleu)
+    raw += raw_of(UNIFORM, [distinct] * 3, "sampled_distinct_1/overall")
+    assert [one.verdict for one in answers(Results(raw))] == [verdict]
+
+
+def test_runs_that_learned_from_something_else_are_refused(lab: Lab) -> None:
+    harness = harness_of(lab)
+    mine, other = tasks_of(harness, named(harness, ENTROPY, UNIFORM), 1)
+    assert perform(harness, mine, keep=False)
+    figures = json.loads((mine.folder / FIGURES).read_text())
+    figures["learned_from"] |= {"clip": 9.0, "corpus": "abc"}
+    assert take_runs(harness, {other.folder.name: figures}, 1) == 1
+    with pytest.raises(ConfigError, match="corpus, clip differ"):
+        save_results(harness, 1, lab.root / "page.md")
+    third = tasks_of(harness, named(harness, FULL), 1)[0]
+    with pytest.raises(ConfigError, match="corpus, clip differ"):
+        perform(harness, third, keep=False)
+    assert not (third.folder / "students").exists()
 
 
 @pytest.mark.parametrize(
@@ -255,15 +308,44 @@ def test_means_and_claims() -> None:
     [
         (("--tables", "5"), "tables are 1, 2, 3, 4"),
         (("--row", "nothing"), "no row 'nothing'"),
-        (("--task", "2", "--tasks", "2"), "shares go from 0 to 1"),
+        (("--task", "2", "--tasks", "2"), "there is no such task"),
+        (("--task", "2"), "only half known"),
+        (("--dry-run", "--write-results", "page.md"), "writes no page"),
     ],
 )
 def test_wrong_usage_is_refused(
     lab: Lab, cli: Callable[..., Any], arguments: tuple[str, ...], said: str
 ) -> None:
     result = cli("reproduce", lab.write(), *arguments)
-    assert result.exit_code == 2 and said in result.output
+    assert result.exit_code and said in result.output
     assert not list(Path("runs/reproduce").glob(".preparing*"))
+
+
+def test_the_online_gradient_is_autograds() -> None:
+    """Against the loss written out, with padded logits, α between 0 and 1, and more than a chunk."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, vocab, scales, tau = CHUNK + 3, 7, (0.3, 0.7), 0.8
+    hidden, weight = normal(rows, 4).requires_grad_(), normal(9, 4).requires_grad_()
+    gold = torch.randint(0, vocab, (rows,), generator=generator)
+    heads = [Head(normal(vocab + pad, 5), None, HeadRule(), False) for pad in (0, 2)]
+    theirs = [(head, normal(rows, 5)) for head in heads]
+    total, terms = _DenseLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, Head(weight, None, HeadRule(), False), gold, theirs, vocab, scales, tau
+    )
+    logq = (hidden @ weight.T).log_softmax(-1)
+    logps = [(h @ head.weight.T)[:, :vocab].log_softmax(-1) for head, h in theirs]
+    shares = torch.stack([(p.exp() * p).sum(-1) / tau for p in logps]).softmax(0)
+    each = torch.stack([(p.exp() * (p - logq[:, :vocab])).sum(-1) for p in logps])
+    ce, kd = -logq.gather(-1, gold[:, None])[:, 0], (shares * each).sum(0)
+    plain = (scales[0] * ce + scales[1] * kd).sum()
+    torch.testing.assert_close(total, plain)
+    torch.testing.assert_close(terms[:2], torch.stack([ce, kd]))
+    found = torch.autograd.grad(2 * total, (hidden, weight))
+    torch.testing.assert_close(found, torch.autograd.grad(2 * plain, (hidden, weight)))
 
 
 def test_online_targets_know_no_padding() -> None:
@@ -277,3 +359,19 @@ def test_online_targets_know_no_padding() -> None:
     weights = torch.stack([(p.exp() * p).sum(-1) for p in plain]).softmax(0)
     each = torch.stack([(p.exp() * (p - logq[:, :7])).sum(-1) for p in plain])
     torch.testing.assert_close(kd, (weights * each).sum(0))
+
+
+def test_the_frontier_is_drawn_beside_its_distance_to_whole_distributions(tmp_path: Path) -> None:
+    raw = [
+        {"table": ENCODINGS, "row": row, "seed": seed, "metric": metric, "value": value}
+        for row, values in (("bucket, k = 8", (3.0, 3.4)), (CE, (4.0, 4.4)), (ONLINE, (2.9, 3.2)))
+        for seed, loss in enumerate(values)
+        for metric, value in (("ce/overall", loss), ("bytes_per_token", 40.0))
+        if row != CE or metric == "ce/overall"
+    ]
+    for found, panels in ((raw, 2), ([one for one in raw if one["row"] != ONLINE], 1)):
+        name = draw(Results(found), tmp_path, {})[ENCODINGS]
+        drawn = "".join(ElementTree.parse(tmp_path / name).getroot().itertext())
+        assert drawn.count("bytes a token and teacher") == panels
+        assert ("seed by seed" in drawn) == (panels == 2) and CE in drawn
+    assert not draw(Results([one for one in raw if one["row"] in (CE, ONLINE)]), tmp_path, {})

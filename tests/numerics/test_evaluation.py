@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,15 @@ from whole_caches import dense_logits, model, whole_caches
 from stages import bootstrap, evaluate
 from stages.bootstrap import interval, resampled
 from stages.calibration import BINS, bin_sums, calibration_error
-from stages.evaluate import Sums, cached_sums, figures, forward_speed, heldout_sums, table
+from stages.evaluate import (
+    Sums,
+    cached_sums,
+    figures,
+    forward_speed,
+    heldout_sums,
+    loss_difference,
+    table,
+)
 from stages.losses import bucket_kl
 from stages.student import DistilledStudent
 
@@ -219,3 +228,27 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
 def test_perplexity_of_sums_has_the_sums_leading_shape() -> None:
     found = figures(Sums(("rows", "ce"), np.array([[2.0, 2.0], [1.0, 3.0]])))
     assert found["perplexity"] == pytest.approx(np.exp([1.0, 3.0]))
+
+
+def test_a_paired_difference_leaves_out_what_makes_text_hard_for_both() -> None:
+    generator = np.random.default_rng(2)
+    domain, rows = np.arange(60) % 2, np.full(60, 8.0)
+    info: Any = SimpleNamespace(domains=("x", "y"), domain_of=lambda ids: domain[ids])
+    hard = generator.normal(3.0, 1.0, 60)
+    a, b = (
+        Sums(("rows", "ce"), np.stack([rows, rows * (hard + generator.normal(by, 0.01, 60))], 1))
+        for by in (0.0, 0.1)
+    )
+    ids = np.arange(60)
+    found = loss_difference(a, b, info, ids, 500, 0)
+    apart = (a.values[:, 1] - b.values[:, 1]) / rows
+    assert found["ce"] == pytest.approx(apart.mean())
+    low, high = found["interval"]
+    half = 1.96 * apart.std() / math.sqrt(60)
+    assert [low, high] == pytest.approx([apart.mean() - half, apart.mean() + half], abs=half / 3)
+    alone = interval(resampled(a.values, 500, 0)[:, 1] / 480)
+    assert high - low < 0.1 * (alone[1] - alone[0])
+    assert loss_difference(a, b, info, ids, 0, 0)["interval"] is None
+    domain[:] = 0
+    domain[7] = 1
+    assert loss_difference(a, b, info, ids, 500, 0)["interval"] is None, "a block tells no spread"

@@ -282,9 +282,12 @@ def test_weights_that_look_at_the_gold_token_are_told_of(
     assert f"{weights}: these weights look at the gold token" in summary(measured).note
     assert "min_ce: these weights look at the gold token" in Page(written["html"]).text
     assert "min_ce: these weights look at the gold token" in written["md"]
-    for blind in ("entropy", "em"):  # em looked at training blocks, not at what is measured
-        measured["config"]["fusion"] = {"weights": blind}
-        assert summary(measured).note == ""
+    measured["config"]["fusion"] = {"weights": "em"}
+    assert "em: one weight a teacher and domain, fitted to the gold" in summary(measured).note
+    measured["config"]["fusion"] = {"weights": "entropy"}
+    assert summary(measured).note == ""
+    measured["config"]["loss"]["target"] = "residual"
+    assert "the distillation loss uses the answer" in summary(measured).note
 
 
 def test_summary_fits_a_terminal() -> None:
@@ -355,6 +358,24 @@ def test_summary_has_a_row_per_model_and_a_column_per_domain(domains: int, teach
 )
 def test_verdict(fused: float, baseline: float | None, expected: list[str]) -> None:
     verdict = summary(evaluation(fused=fused, baseline=baseline)).verdict
+    assert all(part in verdict for part in expected), verdict
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (
+            [-0.25, -0.15],
+            ["beats", "18.1 per cent lower (95 % interval", "-22.1 to -13.9 per cent)"],
+        ),
+        ([-0.45, 0.05], ["is not told apart from", "-36.2 to +5.1 per cent)"]),
+        (None, ["beats", "18.1 per cent lower."]),
+    ],
+)
+def test_verdict_by_the_paired_interval(interval: list[float] | None, expected: list[str]) -> None:
+    measured = evaluation(fused=3.0, baseline=3.2)
+    measured["fused_less_baseline"] = {"ce": -0.2, "interval": interval}
+    verdict = summary(measured).verdict
     assert all(part in verdict for part in expected), verdict
 
 

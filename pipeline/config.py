@@ -113,7 +113,10 @@ class RunConfig(Options):
                 f"fusion.k {k} is more than store.k, {self.store.entries}: that many are cached"
             )
         if k is not None and k < self.store.entries and self.store.drawn:
-            raise ValueError("fusion.k cannot be less than store.k where tail draws are cached")
+            raise ValueError(
+                "fusion.k cannot be less than store.k where tail draws are cached, which stand for what "
+                "is outside all of these entries: leave it out, or cache without draws (store.draws: 0)"
+            )
         if k is not None and k != self.store.entries and self.train.decode == "device":
             raise ValueError("fusion.k goes with train.decode: cpu")
         self._check_pairs()

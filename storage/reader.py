@@ -264,9 +264,14 @@ def _wanted(
 ) -> tuple[int, tuple[int, ...]]:
     if k is not None and (not 1 <= k <= layout.k or (k < layout.k and layout.draws)):
         raise ConfigError(
-            "the cache cannot serve this many head entries", where=root,
-            expected=f"k = {layout.k}" if layout.draws else f"1 to {layout.k}", found=k,
-            todo="choose another k, or cache again with another store.k",
+            "the cache cannot serve this many head entries" + (
+                ": its draws stand for what is outside all that are stored" if layout.draws else ""
+            ),
+            where=root, expected=f"k = {layout.k}" if layout.draws else f"1 to {layout.k}", found=k,
+            todo="leave k (fusion.k) out, or cache again with another store.k" + (
+                ", or with store.preset: balanced, whose caches have no draws and serve any fewer"
+                if layout.draws else ""
+            ),
         )  # fmt: skip
     if layers is not None and not set(layers) <= set(layout.feature_layers):
         raise ConfigError(

@@ -46,8 +46,9 @@ def open_cache(
         corpus: the corpus folder or URL, where it does not lie beside the caches.
         teachers: which, in this order; with a configuration those it fuses, in its order, otherwise
             all that are there, by name.
-        k: how many of the head's entries are read, the most probable ones; all if not given.
-        overrides: as `--set`, of a configuration: "fusion.tau=0.5".
+        k: how many of the head's entries are read, the most probable ones; all if not given, and all
+            of a cache with draws.
+        overrides: as `--set`, of a configuration's file: "fusion.tau=0.5".
 
     Raises:
         IncompleteCache: no cache, no such teacher, or no corpus.
@@ -57,6 +58,13 @@ def open_cache(
     """
     if isinstance(source, str | Path) and Path(source).suffix in (".yaml", ".yml"):
         source = load_config(Path(source), overrides)
+    elif overrides:
+        raise ConfigError(
+            "only a configuration's file can be read with overrides",
+            where="open_cache(overrides=…)", expected="a .yaml file",
+            found=source if isinstance(source, str | Path) else "one that is loaded already",
+            todo="open the run's .yaml file, or give FusionOptions and LossOptions where they are used",
+        )  # fmt: skip
     if isinstance(source, RunConfig):
         names = tuple(teachers or source.fused_teachers)
         where = source.corpus_folder if corpus is None else root_of(str(corpus), source.local_cache)

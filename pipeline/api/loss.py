@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from storage.reader import CacheReader
 
 
+_WITHOUT = "leave features out: open_cache(…, overrides=['loss.features.weight=0'])"
+_FROZEN = "which trains no projections, with overrides=['loss.features.projection=random']"
+
+
 class DistillationLoss(nn.Module):
     """Cross-entropy, distillation from the fused teachers and alignment of features, of a batch.
 
@@ -134,7 +138,7 @@ class DistillationLoss(nn.Module):
             raise ConfigError(
                 "features cannot be aligned from the last hidden states alone",
                 where="loss.features.weight", expected=0, found=self.options.features.weight,
-                todo="call the loss with the model, or set the weight to 0",
+                todo=f"call the loss with the model: loss(model, batch); or {_WITHOUT}",
             )  # fmt: skip
         head = Head(lm_head.weight, getattr(lm_head, "bias", None), rule or HeadRule(), bf16)
         joined = self.joined(batch)
@@ -203,7 +207,8 @@ def _pairs(options: LossOptions, cache: Cache, teachers: list[str], student: Any
         raise ConfigError(
             "features are to be aligned, and the student is not known",
             where="loss.features.weight", found=features.weight,
-            todo="give it: DistillationLoss(cache, student=model), or set the weight to 0",
+            todo=f"{_WITHOUT}; or align them: DistillationLoss(cache, student=model), in a loop of your "
+            f"own, whose optimizer also takes loss.parameters(), or in a Trainer, {_FROZEN}",
         )  # fmt: skip
     stored = {name: cache.layouts[name].feature_layers for name in teachers}
     if any(

@@ -150,5 +150,7 @@ def _require(arguments: Any, distillation: DistillationLoss) -> None:
         raise ConfigError(
             "the loss has projections of its own, which a trainer would not train",
             where="loss.features.projection", expected="random (or loss.features.kind: gram)",
-            found="linear", todo="choose these, or train with `scholiast train-student`",
+            found="linear",
+            todo="open the cache with overrides=['loss.features.projection=random'], or with "
+            "['loss.features.weight=0']; or train with a loop of your own, or `scholiast train-student`",
         )  # fmt: skip

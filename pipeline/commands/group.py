@@ -17,7 +17,7 @@ from storage.errors import ConfigError, ScholiastError, Stopped
 INTERRUPTED = 130
 EXIT_CODES: Final = {
     0: "done",
-    1: "failure; of verify and repair: something is bad",
+    1: "failure; of doctor, verify and repair: something is bad",
     ConfigError.exit_code: "usage: a wrong option, key or value",
     Stopped.exit_code: "stopped by SIGTERM or SIGUSR1, all saved: run it again",
     INTERRUPTED: "interrupted (Ctrl-C): run it again to go on",

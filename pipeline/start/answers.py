@@ -14,8 +14,10 @@ import click
 
 from pipeline.start.choices import spread_layers
 from pipeline.start.models import ModelFacts, common_tokenizer, look_at, look_at_config
-from pipeline.start.sources import Found, find
+from pipeline.start.sources import ColumnUnknown, Found, find
+from pipeline.start.sources import look_at as look_at_source
 from pipeline.terminal import harmless
+from stages.options import SourceOptions
 from storage.errors import ConfigError, ScholiastError
 
 T = TypeVar("T")
@@ -127,7 +129,7 @@ def ask(question: str, take: Callable[[str], T], default: str | None = None) -> 
         try:
             return take(text.strip())
         except ScholiastError as error:
-            click.echo(f"{error}\n", err=True)
+            click.echo(harmless(f"{error}\n"), err=True)
 
 
 def _teachers(flags: Flags, answers: Answers) -> None:
@@ -247,16 +249,33 @@ def _set_layers(text: str, answers: Answers) -> None:
 def _sources(flags: Flags, answers: Answers) -> None:
     given = [(text, "--source", "train") for text in flags.sources]
     given += [(text, "--heldout", "heldout") for text in flags.heldout]
+    before = len(answers.faults)
     for text, key, split in given:
         with answers.looking(flags.asking):
             _add_source(text, key, split, flags, answers)
-    if flags.sources:
-        return
+    if not flags.sources:
+        _ask_sources(flags, answers)
+    if len(answers.faults) == before:  # of a source with a fault the domain may not be known
+        _require_domains(flags.fields, answers.sources)
+
+
+def _require_domains(fields: Mapping[str, str], sources: Sequence[Found]) -> None:
+    domains = list(dict.fromkeys(one.options.domain for one in sources))
+    unknown = [domain for domain in fields if domain not in domains]
+    if unknown:
+        raise ConfigError(
+            "no source has this domain", where=f"--field {unknown[0]}={fields[unknown[0]]}",
+            expected=f"one of {', '.join(domains)}", found=unknown[0],
+            todo="name the column of one of these",
+        )  # fmt: skip
+
+
+def _ask_sources(flags: Flags, answers: Answers) -> None:
     if not flags.asking:
         raise missing("--source DOMAIN=PATH (repeatable)", "the text")
     answers.say(
-        "Text: .jsonl, .parquet, .txt or .md files (a glob, or a folder of them), or hub:NAME;\n"
-        "DOMAIN=PATH to name its domain yourself."
+        "Text: .jsonl, .parquet, .txt or .md files (a glob, or a folder of them), or\n"
+        "hub:NAME[:CONFIG[:SPLIT]]; DOMAIN=PATH to name its domain yourself."
     )
     ask("Text 1", lambda text: _add_source(text, "--source", "train", flags, answers))
     number = 2
@@ -268,13 +287,24 @@ def _sources(flags: Flags, answers: Answers) -> None:
 
 
 def _add_source(text: str, key: str, split: str, flags: Flags, answers: Answers) -> bool:
-    domain = text.partition("=")[0]
-    found = find(text, key, flags.fields.get(domain), split)
+    def look(source: SourceOptions, where: str, field: str | None) -> Found:
+        try:
+            return look_at_source(source, where, field)
+        except ColumnUnknown as error:
+            if not flags.asking:
+                raise
+            click.echo(harmless(f"{error}\n"), err=True)
+        return ask(
+            f"Column with the text of {source.domain}",
+            lambda name: look_at_source(source, where, name),
+        )
+
+    found = find(text, key, flags.fields, split, look)
     answers.sources += found
     for one in found:
         column = one.options.messages_field or one.options.text_field
         answers.say(
-            f"  {one.options.domain}: {one.options.format}, {'' if one.whole else 'about '}"
+            f"  {one.options.domain}: {one.options.format}, {'' if one.exact else 'about '}"
             f"{one.documents:,} document{'' if one.documents == 1 else 's'} in {one.options.path}"
             f"{'' if one.options.format == 'text' else f', column {column}'}"
         )

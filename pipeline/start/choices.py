@@ -302,7 +302,7 @@ def problems(job: Job, config: Mapping[str, Any]) -> list[str]:
             told.append(
                 f"teacher {name} takes about {needed / 1e9:.0f} GB of "
                 f"{memory * max(1, job.machine.gpus) / 1e9:.0f}: take a smaller one, or a machine "
-                "with more memory (--memory)"
+                "with more memory (--device-memory)"
             )
     needed = batches(job, length, config["train"]["precision"]).needed
     if needed > memory:

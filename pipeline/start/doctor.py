@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.commands.completion import config_files
 from pipeline.commands.options import common_options, json_option
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red"}
 )
 @json_option
 @common_options
-@click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path),
+                shell_complete=config_files)  # fmt: skip
 @click.pass_context
 def doctor(
     context: click.Context, config: Path | None, overrides: Sequence[str], quiet: bool, debug: bool,

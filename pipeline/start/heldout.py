@@ -47,7 +47,7 @@ def _divided(found: Found, key: str, tokenizer: Any) -> tuple[Found, float]:
         )
     tried = [found] if found.documents >= _FEW or found.options.messages_field else []
     if not found.options.messages_field:
-        characters = sum(map(len, found.sample)) * found.documents // len(found.sample)
+        characters = int(sum(map(len, found.sample)) * found.times)
         tried.append(in_passages(found, min(_LONGEST, max(_SHORTEST, characters // _WANTED))))
     for one in tried:
         counted = count_tokens(one, key, tokenizer)

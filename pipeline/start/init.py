@@ -53,18 +53,19 @@ def _pairs(
               help="How many of its layers the student keeps, or which; without --student it is cut from "
               "the first teacher.")  # fmt: skip
 @click.option("--source", "sources", multiple=True, metavar="DOMAIN=PATH",
-              help="Text: .jsonl, .parquet, .txt or .md, a glob, a folder, or hub:NAME@REVISION. "
-              "Repeatable.")  # fmt: skip
+              help="Text: .jsonl, .parquet, .txt or .md, a glob, a folder, or a hub's data set, "
+              "hub:NAME[:CONFIG[:SPLIT]][@REVISION]. Repeatable.")  # fmt: skip
 @click.option("--heldout", multiple=True, metavar="DOMAIN=PATH",
               help="Text to measure on, in place of a share of the sources. Repeatable.")  # fmt: skip
 @click.option("--field", "fields", multiple=True, metavar="DOMAIN=COLUMN", callback=_pairs,
-              help="Column of a source's text or chats, if it cannot be told. Repeatable.")  # fmt: skip
+              help="Column of a source's text or chats, if it cannot be told; DOMAIN as in --source, "
+              "or the file's name. Repeatable.")  # fmt: skip
 @click.option("--block-length", type=click.IntRange(2), help="Tokens of a block.")
 @click.option("--run-dir", metavar="FOLDER", help="Where the run will be; runs/NAME if not given.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
               help="What will run it.")  # fmt: skip
-@click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB",
-              help="Of the device that will run it, if it is another machine's.")  # fmt: skip
+@click.option("--device-memory", type=click.FloatRange(0, min_open=True), metavar="GB",
+              help="The device's memory in 10^9 bytes, in place of this machine's.")  # fmt: skip
 @click.option("--yes", "-y", is_flag=True, help="Ask nothing; take what is proposed.")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration; write nothing.")
@@ -75,7 +76,7 @@ def init(
     file: Path, overrides: Sequence[str], quiet: bool, debug: bool, as_json: bool,
     family: str | None, teachers: Sequence[str], student: str | None, keep_layers: str | None,
     sources: Sequence[str], heldout: Sequence[str], fields: dict[str, str],
-    block_length: int | None, run_dir: str | None, device: str, memory: float | None, yes: bool,
+    block_length: int | None, run_dir: str | None, device: str, device_memory: float | None, yes: bool,
     force: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Write a configuration for your teachers, text, student and machine, into FILE (scholiast.yaml).
@@ -89,6 +90,7 @@ def init(
       scholiast init mine.yaml --yes --teacher a=models/a --teacher b=org/b --student org/small \\
         --source docs="data/*.jsonl" --source notes=notes/
       scholiast init mine.yaml --family smollm2 --source docs=data/docs.jsonl --dry-run
+      scholiast init mine.yaml --source docs=hub:org/set:en:train --heldout docs=hub:org/set:en:test
     """
     from pipeline.cache_workspace import quiet_transformers
     from pipeline.start.answers import Flags, at_terminal, gather
@@ -107,7 +109,7 @@ def init(
         if not quiet:
             click.echo(text, err=True)
 
-    machine = look(device, None if memory is None else int(memory * 1e9))
+    machine = look(device, None if device_memory is None else int(device_memory * 1e9))
     say(f"Machine: {machine.about}")
     answers = gather(
         Flags(teachers, student, keep_layers, sources, heldout, fields, base, asking), say

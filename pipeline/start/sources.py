@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stages.documents import source_files
@@ -15,7 +17,8 @@ from stages.passages import passages
 from storage.errors import ConfigError, CorpusError
 
 ROWS = 500  # documents that are looked at, at most
-_BYTES = 4_000_000  # of their text, at most
+_BYTES = 4_000_000  # of their text, about
+_LISTED = 20  # names of a hub data set's configurations that a message shows
 _SUFFIXES = {
     ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".txt": "text", ".md": "text", ".rst": "text", ".text": "text",
@@ -29,10 +32,11 @@ class Found:
 
     Attributes:
         options: as the configuration will have it.
-        sample: the first documents: texts, or lists of messages.
-        whole: whether these are all of them.
-        documents: how many there are; estimated where `whole` is false.
+        sample: the first documents: texts, or lists of messages; a long file's text is its beginning.
+        whole: whether these are all of them, to their ends.
+        documents: how many there are; estimated unless `exact`.
         tokens: of all of them, by the sample's; 0 until they are counted.
+        times: how many times the sample's text all of the text is, about.
     """
 
     options: SourceOptions
@@ -40,6 +44,13 @@ class Found:
     whole: bool
     documents: int
     tokens: int = 0
+    times: float = 1.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the documents are counted: files are, and rows where the format tells their number."""
+        told = self.options.format in ("text", "parquet", "disk")
+        return self.whole or (told and not self.options.passage_chars)
 
     @property
     def about(self) -> str:
@@ -47,15 +58,23 @@ class Found:
         column = self.options.messages_field or self.options.text_field
         what = "passages" if self.options.passage_chars else "texts"
         what = "chats" if self.options.messages_field else what
-        counted = "" if self.whole else "about "
+        counted = "" if self.exact else "about "
         where = "" if self.options.format == "text" else f' in "{column}"'
         return f"{counted}{self.documents:,} {what}{where}, about {self.tokens:,} tokens"
 
 
-def parse(text: str, key: str) -> list[tuple[str, str, str, str | None]]:
-    """Returns (domain, format, path, hub revision) of what the user wrote: DOMAIN=PATH or PATH.
+Look = Callable[[SourceOptions, str, str | None], Found]
+"""Looks at a source: (the source, its name for messages, its column if that is known) → what it is."""
 
-    A folder gives a source for each suffix of the files in it.
+
+class ColumnUnknown(ConfigError):
+    """Several columns could be the text, and none was named: whoever sits at a terminal can be asked."""
+
+
+def parse(text: str, key: str) -> list[dict[str, Any]]:
+    """Returns what the user wrote, DOMAIN=PATH or PATH, as values of SourceOptions.
+
+    A folder gives a source for each suffix of the files in it, all of one domain.
 
     Raises:
         ConfigError: there is nothing there, or nothing of a known format.
@@ -64,50 +83,65 @@ def parse(text: str, key: str) -> list[tuple[str, str, str, str | None]]:
     if not equals:
         domain, path = "", text
     if path.startswith("hub:"):
-        name, _, revision = path.removeprefix("hub:").partition("@")
-        return [(domain or name.rsplit("/", 1)[-1], "hub", name, revision or None)]
+        return [_hub_source(domain, path.removeprefix("hub:"))]
     domain = (
         domain or Path(path.rstrip("/")).name.split(".")[0].replace("*", "").strip("-_") or "text"
     )
     folder = Path(path)
     if folder.is_dir():
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return [(domain, "disk", path, None)]
+            return [{"domain": domain, "format": "disk", "path": path}]
         suffixes = sorted({p.suffix for p in folder.rglob("*") if p.suffix in _SUFFIXES})
         patterns = [(_SUFFIXES[s], f"{path.rstrip('/')}/**/*{s}") for s in suffixes]
         if patterns:
-            return [(domain, kind, pattern, None) for kind, pattern in patterns]
+            return [{"domain": domain, "format": kind, "path": p} for kind, p in patterns]
     elif Path(path).suffix in _SUFFIXES:
-        return [(domain, _SUFFIXES[Path(path).suffix], path, None)]
+        return [{"domain": domain, "format": _SUFFIXES[Path(path).suffix], "path": path}]
     raise ConfigError(
         "the format of a source cannot be told", where=f"{key} {text}",
         expected=f"files that end in {', '.join(_SUFFIXES)}, a folder of them or of save_to_disk, or "
-        "hub:NAME",
+        "hub:NAME[:CONFIG[:SPLIT]]",
         todo="name such files (a glob in quotes will do), or rename them",
     )  # fmt: skip
 
 
-def find(text: str, key: str, field: str | None = None, split: str = "train") -> list[Found]:
+def _hub_source(domain: str, text: str) -> dict[str, Any]:
+    """Returns the values of NAME[:CONFIG[:SPLIT]][@REVISION]; what is left empty is not given."""
+    named, _, revision = text.partition("@")
+    name, config, split = (*named.split(":", 2), "", "")[:3]
+    given = {"hub_config": config, "hub_split": split, "revision": revision}
+    return {
+        "domain": domain or name.rsplit("/", 1)[-1], "format": "hub", "path": name,
+        **{key: value for key, value in given.items() if value},
+    }  # fmt: skip
+
+
+def find(
+    text: str, key: str, fields: Mapping[str, str] = MappingProxyType({}), split: str = "train",
+    look: Look | None = None,
+) -> list[Found]:  # fmt: skip
     """Returns the sources that the user means, each with its first documents.
 
     Args:
         text: DOMAIN=PATH or PATH.
         key: the flag, for messages.
-        field: the column of text or messages; found if not given.
+        fields: domain → column of text or messages; found if not given.
+        look: looks at one of the sources, in place of `look_at`.
 
     Raises:
         ConfigError: no known format, or no column of text can be told.
         CorpusError: no files, or not readable as what their suffix says.
     """
-    found = []
-    for domain, kind, path, revision in parse(text, key):
-        where = f"{key} {text}"
-        if kind == "hub" and revision is None:
-            revision = _newest_revision(path, where)
-        values: dict[str, Any] = {
-            "domain": domain, "split": split, "format": kind, "path": path, "revision": revision,
-        }  # fmt: skip
-        found.append(look_at(SourceOptions(**values), where, field))
+    where, found = f"{key} {text}", []
+    parsed = parse(text, key)
+    for values in parsed:
+        if values["format"] == "hub" and "revision" not in values:
+            values["revision"] = _newest_revision(values["path"], where)
+        # Beside files that have columns, a folder's plain texts are no reason to refuse one.
+        bare = values["format"] == "text" and len(parsed) > 1
+        column = None if bare else fields.get(values["domain"])
+        source = SourceOptions(**{**values, "split": split})
+        found.append((look or look_at)(source, where, column))
     return found
 
 
@@ -126,7 +160,9 @@ def look_at(source: SourceOptions, key: str, field: str | None = None) -> Found:
     if source.format != "text":
         changed = {"messages_field": column} if chat else {"text_field": column}
         source = source.model_copy(update=changed)
-    found = Found(source, [row[column] for row in rows], len(rows) == total, total)
+    sample = [row[column] for row in rows]
+    times = _times_read(source, key, sample) if source.format == "text" else total / len(rows)
+    found = Found(source, sample, len(rows) == total and times == 1.0, total, times=times)
     return in_passages(found, source.passage_chars) if source.passage_chars and not chat else found
 
 
@@ -134,9 +170,10 @@ def in_passages(found: Found, length: int) -> Found:
     """Returns a source of texts, cut into passages of at most so many characters."""
     pieces = [piece for text in found.sample for piece in passages(text, length)]
     options = found.options.model_copy(update={"passage_chars": length})
+    sample, documents = pieces[:ROWS], int(len(pieces) * found.times)
     return replace(
-        found, options=options, sample=pieces[:ROWS], whole=found.whole and len(pieces) <= ROWS,
-        documents=found.documents * len(pieces) // len(found.sample),
+        found, options=options, sample=sample, whole=found.whole and len(pieces) <= ROWS,
+        documents=documents, times=documents / max(1, len(sample)),
     )  # fmt: skip
 
 
@@ -148,8 +185,7 @@ def count_tokens(found: Found, key: str, tokenizer: Any) -> Found:
     """
     undivided = replace(found, options=found.options.model_copy(update={"heldout": 0.0}))
     tokens = sum(_tokens(undivided, key, tokenizer, False))
-    counted = tokens * found.documents // max(1, len(found.sample))
-    return replace(found, tokens=max(1, counted))
+    return replace(found, tokens=max(1, int(tokens * found.times)))
 
 
 def sides(found: Found, key: str, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -195,10 +231,16 @@ def _column(
         if len(texts) == 1:
             return texts[0], False
     listed = ", ".join(f"{name} ({_kind(rows[0][name])})" for name in columns)
-    raise ConfigError(
+    where, found = f"{key}: {source.path}", f"columns: {listed}"
+    if field is None and not (texts or chats):
+        raise ConfigError(
+            "no column holds text or chat messages in every row", where=where, found=found,
+            todo='give a source that has one; chats are lists of {"role": …, "content": …}',
+        )  # fmt: skip
+    raise (ColumnUnknown if field is None else ConfigError)(
         "it cannot be told which column holds the text" if field is None
         else f"the column {field!r} holds neither text nor chat messages in every row",
-        where=f"{key}: {source.path}", found=f"columns: {listed}",
+        where=where, found=found,
         todo=f"name the column with --field {source.domain}=COLUMN; chats are lists of "
         '{"role": …, "content": …}',
     )  # fmt: skip
@@ -221,7 +263,7 @@ def _first_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], 
     try:
         if source.format in readers:
             return readers[source.format](source, source_files(source, key))
-        return _dataset_rows(source)
+        return _dataset_rows(source, key)
     except (CorpusError, ConfigError):
         raise
     except (
@@ -245,8 +287,21 @@ def _limited(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _texts(source: SourceOptions, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
-    rows = ({source.text_field: path.read_bytes().decode()} for path in files)
-    return list(_limited(rows)), len(files)
+    return list(_limited({source.text_field: _beginning(path)} for path in files)), len(files)
+
+
+def _beginning(path: Path) -> str:
+    """Returns a file's text, or of a long one its first megabytes up to a whole character."""
+    with path.open("rb") as file:
+        data = file.read(_BYTES)
+        ended = not file.read(1)
+    return codecs.getincrementaldecoder("utf-8")().decode(data, final=ended)
+
+
+def _times_read(source: SourceOptions, key: str, texts: Sequence[str]) -> float:
+    """Returns how many times what was read of a source's files they are."""
+    size = sum(path.stat().st_size for path in source_files(source, key))
+    return max(1, size) / max(1, sum(len(text.encode()) for text in texts))
 
 
 def _is_list(path: Path) -> bool:
@@ -288,23 +343,70 @@ def _parquet_rows(source: SourceOptions, files: list[Path]) -> tuple[list[dict[s
     return list(_limited(rows())), sum(parquet.read_metadata(path).num_rows for path in files)
 
 
-def _dataset_rows(source: SourceOptions) -> tuple[list[dict[str, Any]], int]:
+def _dataset_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int]:
     import datasets
 
     datasets.disable_progress_bars()
     if source.format == "disk":
         loaded = datasets.load_from_disk(source.path)
         if isinstance(loaded, datasets.DatasetDict):
+            if source.hub_split not in loaded:
+                raise _no_split(
+                    source, key, list(loaded),
+                    f"name one's folder, {source.path}/{next(iter(loaded), 'SPLIT')}",
+                )  # fmt: skip
             loaded = loaded[source.hub_split]
         return list(_limited(iter(loaded))), len(loaded)
-    stream = datasets.load_dataset(
-        source.path, source.hub_config, split=source.hub_split, revision=source.revision,
-        streaming=True,
-    )  # fmt: skip
+    try:
+        stream = datasets.load_dataset(
+            source.path, source.hub_config, split=source.hub_split, revision=source.revision,
+            streaming=True,
+        )  # fmt: skip
+    except ValueError:
+        _require_named(source, key)
+        raise
     rows = list(_limited(iter(stream)))
     splits = stream.info.splits or {}
     known = splits.get(source.hub_split)
     return rows, int(known.num_examples) if known and known.num_examples else len(rows)
+
+
+def _require_named(source: SourceOptions, key: str) -> None:
+    """Refuses a configuration or split that a hub's data set does not have.
+
+    Raises:
+        CorpusError: with the names of those it has.
+    """
+    import datasets
+
+    name, config, revision = source.path, source.hub_config, source.revision
+    configs = datasets.get_dataset_config_names(name, revision=revision)
+    default = datasets.get_dataset_default_config_name(name, revision=revision)
+    if (config or default) not in configs:
+        raise CorpusError(
+            f"the data set has no configuration {config!r}" if config
+            else "the data set has several configurations, and none is named",
+            where=f"{key}: {name}", expected=f"one of {_listed(configs)}", found=config,
+            todo=f"name one, such as hub:{name}:{configs[0]}, or set hub_config",
+        )  # fmt: skip
+    splits = datasets.get_dataset_split_names(name, config, revision=revision)
+    if source.hub_split not in splits:
+        raise _no_split(
+            source, key, splits, f"name one, such as hub:{name}:{config or ''}:{splits[0]}"
+        )
+
+
+def _no_split(source: SourceOptions, key: str, splits: Sequence[str], todo: str) -> CorpusError:
+    return CorpusError(
+        "the data set has no such split", where=f"{key}: {source.path}",
+        expected=f"one of {_listed(splits)}", found=source.hub_split,
+        todo=f"{todo}, or set hub_split",
+    )  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _newest_revision(name: str, where: str) -> str:

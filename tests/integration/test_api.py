@@ -188,6 +188,7 @@ def test_targets_are_those_of_the_yaml(lab: Lab, cache: scholiast.Cache, weights
         (lambda root: scholiast.open_cache(root / "run/cache", corpus=root), "not where it is looked"),
         (lambda root: scholiast.open_cache(root / "run", teachers=["three"]), "no cache of this"),
         (lambda root: scholiast.open_cache(root / "run", k=9), "this many head entries"),
+        (lambda root: scholiast.open_cache(root / "run", overrides=["fusion.tau=1"]), "only a conf"),
         (lambda root: scholiast.open_cache(root / "run").dataset("test"), "no blocks of this split"),
         (lambda root: scholiast.open_cache(root / "run").stream(2, split="test"), "no blocks"),
         (lambda root: scholiast.collate([{"input_ids": torch.zeros(1)}]), "items have no notes"),

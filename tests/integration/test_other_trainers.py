@@ -17,7 +17,10 @@ from readme_blocks import readme_blocks
 from test_stream import same
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from pipeline.config import load_config
+from pipeline.workspace import Workspace
 from stages.batches import count_segments
+from stages.progress import Silent
 
 README = Path(__file__).resolve().parents[2] / "pipeline/api/README.md"
 TRAIN = yaml.safe_load(readme_blocks(README, "yaml", "In other trainers")[0].text)["train"]
@@ -42,6 +45,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab.workspace().cache_teachers()
     lab.write()
     return lab
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `init` writes as run.yaml, features and all, its caches, and the student."""
+    from click.testing import CliRunner
+
+    from pipeline.cli import main
+
+    root: Path = tmp_path_factory.mktemp("written")
+    build_parts(root)
+    make_model(root / "student", Lab(root).vocab_size + 8, 3, layers=2)
+    AutoTokenizer.from_pretrained(root / "a").save_pretrained(root / "student")
+    flags = ["--yes", "--device", "cpu", "--block-length", "32", "--teacher", f"one={root}/a",
+             "--teacher", f"two={root}/b", "--student", f"{root}/student", "--run-dir", f"{root}/run",
+             "--source", f"x={root}/x.jsonl", "--set", "threads=1",
+             "--set", f"train={json.dumps(TRAIN)}"]  # fmt: skip
+    for words in (["init", f"{root}/run.yaml", *flags], ["cache-teachers", f"{root}/run.yaml"]):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+    return root
 
 
 def student(folder: str | Path) -> Any:
@@ -126,6 +150,66 @@ def test_a_trainer_has_the_losses_of_our_own_loop(
     ours = AutoModelForCausalLM.from_pretrained(lab.root / "ours/students/fused/model")
     for mine, theirs in zip(names["model"].parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heading", ["transformers' Trainer", "TRL's SFTTrainer"])
+def test_the_examples_train_on_what_init_writes(
+    written: Path, heading: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the README says: what is trained with `--set loss.features.weight=0`."""
+    config = yaml.safe_load((written / "run.yaml").read_text())
+    assert config["loss"]["features"]["weight"] > 0 and config["store"] == {"preset": "compact"}
+    monkeypatch.chdir(written)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    names: dict[str, Any] = {}
+    for block in readme_blocks(README, "python", heading):
+        block.run(names)
+    overrides = ["loss.features.weight=0", f"cache_dir={written}/run/cache",
+                 f"corpus_dir={written}/run/corpus", f"run_dir={tmp_path}"]  # fmt: skip
+    work = Workspace(load_config(written / "run.yaml", overrides), Silent())
+    text = (work.train_students()["fused"].folder / "metrics.jsonl").read_text()
+    same_losses(logged(names["trainer"]), [json.loads(line) for line in text.splitlines()][1:])
+
+
+def test_the_ways_out_that_a_refusal_of_features_names_are_ways_out(
+    written: Path, tmp_path: Path
+) -> None:
+    def opened(*overrides: str) -> scholiast.Cache:
+        return scholiast.open_cache(written / "run.yaml", overrides=overrides)
+
+    model = student(written / "student")
+    with pytest.raises(scholiast.ScholiastError, match="student is not known") as unknown:
+        scholiast.DistillationLoss(opened())
+    whole = scholiast.DistillationLoss(opened(), student=model)
+    with pytest.raises(scholiast.ScholiastError, match="projections of its own") as own:
+        trainer_of(whole, model, tmp_path)
+    without, frozen = "loss.features.weight=0", "loss.features.projection=random"
+    for told in (unknown, own):
+        assert without in told.value.todo and frozen in told.value.todo
+    losses = (
+        scholiast.DistillationLoss(opened(without)),
+        scholiast.DistillationLoss(opened(frozen), student=model),
+        scholiast.DistillationLoss(opened("loss.features.kind=gram"), student=model),
+    )
+    for loss in losses:
+        trainer_of(loss, model, tmp_path, max_steps=1).train()
+    batch = scholiast.collate([whole.cache.dataset()[0]])  # a loop of one's own
+    whole(model, batch).total.backward()
+    trained = list(whole.parameters())
+    assert trained and all(one.grad is not None and one.grad.any() for one in trained)
+    with pytest.raises(scholiast.ScholiastError, match="last hidden states alone") as alone:
+        whole.of_hidden(torch.zeros(1), model.lm_head, batch)
+    assert without in alone.value.todo and "loss(model, batch)" in alone.value.todo
+
+
+def test_fewer_entries_of_a_cache_with_draws_are_refused_with_a_way_out(written: Path) -> None:
+    with pytest.raises(scholiast.ScholiastError, match="its draws stand for") as told:
+        scholiast.open_cache(written / "run.yaml", k=8)
+    assert told.value.expected == "k = 16" and "leave k (fusion.k) out" in told.value.todo
+    assert "store.preset: balanced" in told.value.todo
+    with pytest.raises(scholiast.ScholiastError, match=r"leave it out, or .*store.draws: 0"):
+        scholiast.open_cache(written / "run.yaml", overrides=["fusion.k=8"])
+    assert scholiast.open_cache(written / "run.yaml", k=16).k == 16
 
 
 def test_every_block_is_run_by_one_of_these() -> None:

@@ -96,6 +96,38 @@ def test_a_refusal_at_the_end_writes_nothing(
     assert result.exit_code == 1 and not Path("mine.yaml").exists() and not Path("runs").exists()
 
 
+def test_a_column_is_named_by_the_domain_of_the_message(home: Lab, cli: Cli) -> None:
+    """A source without a domain has its file's name, and so --field has it too."""
+    Path("data").mkdir()
+    rows = [{"title": f"n {i}", "body": text} for i, text in enumerate(sentences(60, 4))]
+    Path("data/docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*FLAGS[:-2], "--source", "data/docs.jsonl", "--dry-run", "-q"]
+    refused(cli("init", *flags), "title (text), body (text)", "--field docs=COLUMN")
+    made = cli("init", *flags, "--field", "docs=body")
+    assert made.exit_code == 0, made.output
+    (source,) = yaml.safe_load(made.stdout)["corpus"]["sources"]
+    assert (source["domain"], source["text_field"]) == ("docs", "body")
+    wrong = [*flags, "--field", "docs=body", "--source", "x=x.jsonl"]
+    refused(cli("init", *wrong, "--field", "data/docs.jsonl=body"),
+            "no source has this domain", "--field data/docs.jsonl=body", "one of docs, x")  # fmt: skip
+
+
+def test_a_column_that_cannot_be_told_is_asked_for(
+    home: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"title": f"n {i}", "body": text} for i, text in enumerate(sentences(60, 4))]
+    Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [flag for flag in FLAGS[:-2] if flag != "--yes"]
+    lines = ["docs.jsonl", "text", "body", "", "", "", "y"]
+    result = answered(cli, monkeypatch, lines, "mine.yaml", *flags)
+    assert result.exit_code == 0, result.output
+    for told in ("cannot be told which column", "Column with the text of docs",
+                 "'text' holds neither", "60 documents in docs.jsonl, column body"):  # fmt: skip
+        assert told in result.stderr, told
+    (source,) = load_config(Path("mine.yaml")).corpus.sources
+    assert source.text_field == "body"
+
+
 @pytest.mark.parametrize("left_out", ["--teacher", "--keep-layers", "--source"])
 def test_without_a_terminal_a_missing_answer_names_its_flag(
     home: Lab, cli: Cli, left_out: str
@@ -207,11 +239,11 @@ def test_it_can_be_for_another_machine(home: Lab, cli: Cli) -> None:
     flags = [*FLAGS, "--dry-run"]
     flags[flags.index("cpu")] = "cuda"
     refused(cli("init", *flags), "no GPU is visible")
-    large = cli("init", *flags, "--memory", "80")
+    large = cli("init", *flags, "--device-memory", "80")
     assert large.exit_code == 0 and "Will not fit" not in large.stderr, large.output
     made = yaml.safe_load(large.stdout)
     assert made["device"] == "cuda" and made["train"]["precision"] == "bf16"
-    small = cli("init", *flags, "--memory", "0.0001")
+    small = cli("init", *flags, "--device-memory", "0.0001")
     assert (
         "Will not fit: teacher two takes" in small.stderr and "training the student" in small.stderr
     )

@@ -166,6 +166,7 @@ def test_a_shell_completes_commands_configurations_and_names(lab: Lab) -> None:
     assert completed("scholiast tra", lab.root) == ["train-student"]
     assert completed("scholiast launch ", lab.root) == ["kubernetes", "local", "slurm"]
     assert completed("scholiast plan mi", lab.root) == ["mine.yaml"]
+    assert completed("scholiast doctor mi", lab.root) == ["mine.yaml"]
     assert completed("scholiast plan de", lab.root) == ["deep/er/one.yml"]
     assert completed("scholiast cache-teachers mine.yaml --teacher ", lab.root) == ["one", "two"]
     assert completed("scholiast generate mine.yaml --student o", lab.root) == ["other"]

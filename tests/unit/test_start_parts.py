@@ -101,10 +101,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_formats_are_told_by_suffix_and_folder(tmp_path: Path) -> None:
-    assert parse("docs=a/*.jsonl", "--source") == [("docs", "jsonl", "a/*.jsonl", None)]
-    assert parse("book.txt", "--source") == [("book", "text", "book.txt", None)]
-    assert parse("hub:org/set@abc", "--source") == [("set", "hub", "org/set", "abc")]
-    assert parse("x=data.parquet", "--source")[0][1] == "parquet"
+    jsonl = {"domain": "docs", "format": "jsonl", "path": "a/*.jsonl"}
+    assert parse("docs=a/*.jsonl", "--source") == [jsonl]
+    assert parse("a/docs.jsonl", "--source")[0] == jsonl | {"path": "a/docs.jsonl"}
+    assert parse("book.txt", "--source") == [
+        {"domain": "book", "format": "text", "path": "book.txt"}
+    ]
+    assert parse("x=data.parquet", "--source")[0]["format"] == "parquet"
     for name in ("a.md", "b.txt", "deep/c.txt", "d.pdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("some text")
@@ -114,6 +117,94 @@ def test_formats_are_told_by_suffix_and_folder(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="format of a source cannot be told"):
         parse("x=notes.docx", "--source")
+
+
+@pytest.mark.parametrize(("text", "values"), [
+    ("hub:org/set", {}),
+    ("hub:org/set@abc", {"revision": "abc"}),
+    ("hub:org/set:en", {"hub_config": "en"}),
+    ("hub:org/set:en:test@v1/x", {"hub_config": "en", "hub_split": "test", "revision": "v1/x"}),
+    ("hub:org/set::validation", {"hub_split": "validation"}),
+    ("hub:org/set::train[:50]@abc", {"hub_split": "train[:50]", "revision": "abc"}),
+    ("hub:org/set::@", {}),
+])  # fmt: skip
+def test_a_hub_data_set_has_configuration_split_and_revision(
+    text: str, values: dict[str, str]
+) -> None:
+    known = {"format": "hub", "path": "org/set", **values}
+    assert parse(text, "--source") == [{"domain": "set", **known}]
+    assert parse(f"d={text}", "--heldout") == [{"domain": "d", **known}]
+
+
+def hub_folder(folder: Path) -> Path:
+    """A data set that the library takes by name, of two configurations without a split "train"."""
+    for config, splits in (("en", ("test", "validation")), ("de", ("validation",))):
+        (folder / config).mkdir(parents=True)
+        for split in splits:
+            rows_file(folder / config / f"{split}.jsonl", [{"text": f"{config} {split}"}] * 30)
+    named = [
+        f"- config_name: {config}\n  data_files:\n" + "".join(
+            f"  - {{split: {split}, path: {config}/{split}.jsonl}}\n" for split in splits
+        )
+        for config, splits in (("en", ("test", "validation")), ("de", ("validation",)))
+    ]  # fmt: skip
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(named)}---\n")
+    return folder
+
+
+def test_configurations_and_splits_of_a_hub_data_set(tmp_path: Path) -> None:
+    name = hub_folder(tmp_path / "set")
+    [found] = find(f"hub:{name}:en:test@main", "--source")
+    assert found.sample == ["en test"] * 30 and found.options.hub_config == "en"
+    assert load_rows(found.options, "a")[:]["text"] == found.sample, "the corpus takes the same"
+    for rest, has, todo in (
+        ("", "one of en, de", f"such as hub:{name}:en,"),
+        (":fr", "one of en, de", "hub_config"),
+        (":en", "one of test, validation", f"such as hub:{name}:en:test,"),
+        (":de:test", "one of validation", "hub_split"),
+    ):
+        with pytest.raises(CorpusError, match="the data set has") as told:
+            find(f"hub:{name}{rest}@main", "--source")
+        assert told.value.expected == has and todo in told.value.todo, rest
+
+
+def test_a_split_of_a_saved_data_set_is_named_by_its_folder(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    datasets.DatasetDict({"test": one}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(CorpusError, match="no such split") as told:
+        find(f"{tmp_path}/saved", "--source")
+    assert told.value.expected == "one of test" and f"{tmp_path}/saved/test" in told.value.todo
+    assert find(f"{tmp_path}/saved/test", "--source")[0].sample == ["a", "b"]
+
+
+def test_a_long_text_is_read_no_further_than_needed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beginning tells what there is about; a character that the limit cuts is left out."""
+    whole = "\n\n".join(sentences(600, 5))
+    file = long_file(tmp_path / "long.txt", whole)
+    limit = whole.encode().index("漢".encode(), len(whole) // 2) + 1
+    known = count_tokens(find(str(file), "--source")[0], "a", tokenizer)
+    assert known.whole and known.times == 1.0 and known.sample == [whole]
+    monkeypatch.setattr("pipeline.start.sources._BYTES", limit)
+    file.write_bytes(file.read_bytes() + b"\xff")
+    [cut] = find(str(file), "--source")
+    long_file(file, whole)
+    assert cut.sample == [whole[: len(cut.sample[0])]] and len(cut.sample[0].encode()) == limit - 1
+    assert not cut.whole and cut.exact and cut.documents == 1
+    cut = count_tokens(cut, "a", tokenizer)
+    assert cut.tokens == pytest.approx(known.tokens, rel=0.1)
+    assert cut.about.startswith("1 texts, about ")
+    [(pieces, share)] = prepared([cut], tokenizer)
+    there = len(load_rows(pieces.options, "a"))
+    assert pieces.documents == pytest.approx(there, rel=0.2) and 0 < share < 1
+    assert not pieces.exact and pieces.about.startswith("about ")
+    assert pieces.tokens == pytest.approx(known.tokens, rel=0.1)
+    (tmp_path / "short.txt").write_bytes(b"cut \xe6\xbc")
+    with pytest.raises(CorpusError, match="UnicodeDecodeError"):
+        find(f"{tmp_path}/short.txt", "--source")
 
 
 def test_the_column_is_found_or_asked_for(tmp_path: Path) -> None:
@@ -126,9 +217,18 @@ def test_the_column_is_found_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which column") as told:
         find(f"t={two}", "--source")
     assert "title (text), body (text)" in str(told.value) and "--field t=COLUMN" in str(told.value)
-    assert find(two, "--source", "body")[0].options.text_field == "body"
+    assert find(two, "--source", {"t": "body"})[0].options.text_field == "body"
+    none = rows_file(tmp_path / "n.jsonl", [{"n": 1}])
     with pytest.raises(ConfigError, match="'n' holds neither"):
-        find(rows_file(tmp_path / "n.jsonl", [{"n": 1}]), "--source", "n")
+        find(none, "--source", {"n": "n"})
+    with pytest.raises(ConfigError, match="no column holds text") as told:
+        find(none, "--source")
+    assert "--field" not in str(told.value), "no column that could be named would do"
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a.txt").write_text("plain")
+    rows_file(tmp_path / "mixed/b.jsonl", [{"title": "a", "body": "b"}])
+    both = find(f"m={tmp_path}/mixed", "--source", {"m": "body"})
+    assert [one.sample for one in both] == [["b"], ["plain"]]
 
 
 def test_a_list_of_objects_and_parquet_are_read(tmp_path: Path) -> None:

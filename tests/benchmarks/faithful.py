@@ -7,7 +7,7 @@ out, STEPS optimizer steps (49 are one pass over its training blocks). Rows diff
 
     cross-entropy only              α = 0
     online, whole distributions     the three teachers in memory
-    entropy                         the cache as it is by default: 64 entries and a bucket
+    entropy                         the demonstration's cache: 64 entries and a bucket (preset balanced)
     16 + 16 draws                   which stand for the tail without bias (preset compact)
     bucket, k = 16                  16 entries
     renormalised, k = 16            the same without a tail: the biased target of many systems

@@ -140,8 +140,12 @@ def _verdict(evaluation: Evaluation) -> str:
     told = ""
     if apart:
         low, high = (100.0 * math.expm1(bound) for bound in apart)
-        verb = "is not told apart from" if low <= 0.0 <= high else verb
-        told = f" (95 % interval over held-out blocks: {low:+.1f} to {high:+.1f} per cent)"
+        if low <= 0.0 <= high:
+            verb, between = "is not told apart from", f"{-low:.1f} lower to {high:.1f} higher"
+        else:
+            least, most = sorted((abs(low), abs(high)))
+            between = f"{least:.1f} to {most:.1f}"
+        told = f" (95\u00a0% interval over held-out blocks: {between})"
     size = f"{abs(percent):.1f}" if abs(percent) >= 0.95 else f"{abs(percent):.2g}"
     difference = f"{size} per cent {'lower' if percent < 0 else 'higher'}"
     return (

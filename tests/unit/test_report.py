@@ -366,9 +366,9 @@ def test_verdict(fused: float, baseline: float | None, expected: list[str]) -> N
     [
         (
             [-0.25, -0.15],
-            ["beats", "18.1 per cent lower (95 % interval", "-22.1 to -13.9 per cent)"],
+            ["beats", "18.1 per cent lower (95\u00a0% interval over held-out blocks: 13.9 to 22.1)."],
         ),
-        ([-0.45, 0.05], ["is not told apart from", "-36.2 to +5.1 per cent)"]),
+        ([-0.45, 0.05], ["is not told apart from", "blocks: 36.2 lower to 5.1 higher)."]),
         (None, ["beats", "18.1 per cent lower."]),
     ],
 )

@@ -37,6 +37,8 @@ class Found:
         documents: how many there are; estimated unless `exact`.
         tokens: of all of them, by the sample's; 0 until they are counted.
         times: how many times the sample's text all of the text is, about.
+        more: whether nobody knows how much more there is than the sample: documents, tokens and times
+            are the least then.
     """
 
     options: SourceOptions
@@ -45,6 +47,7 @@ class Found:
     documents: int
     tokens: int = 0
     times: float = 1.0
+    more: bool = False
 
     @property
     def exact(self) -> bool:
@@ -58,9 +61,10 @@ class Found:
         column = self.options.messages_field or self.options.text_field
         what = "passages" if self.options.passage_chars else "texts"
         what = "chats" if self.options.messages_field else what
-        counted = "" if self.exact else "about "
+        counted = "" if self.exact else "at least " if self.more else "about "
         where = "" if self.options.format == "text" else f' in "{column}"'
-        return f"{counted}{self.documents:,} {what}{where}, about {self.tokens:,} tokens"
+        tokens = f"{'at least' if self.more else 'about'} {self.tokens:,} tokens"
+        return f"{counted}{self.documents:,} {what}{where}, {tokens}"
 
 
 Look = Callable[[SourceOptions, str, str | None], Found]
@@ -152,6 +156,8 @@ def look_at(source: SourceOptions, key: str, field: str | None = None) -> Found:
         ConfigError, CorpusError
     """
     rows, total = _first_rows(source, key)
+    more = total is None
+    total = len(rows) + 1 if total is None else total
     if not rows:
         raise CorpusError(
             "the source is empty", where=f"{key}: {source.path}", todo="give one with documents"
@@ -162,7 +168,8 @@ def look_at(source: SourceOptions, key: str, field: str | None = None) -> Found:
         source = source.model_copy(update=changed)
     sample = [row[column] for row in rows]
     times = _times_read(source, key, sample) if source.format == "text" else total / len(rows)
-    found = Found(source, sample, len(rows) == total and times == 1.0, total, times=times)
+    whole = len(rows) == total and times == 1.0
+    found = Found(source, sample, whole, total, times=times, more=more)
     return in_passages(found, source.passage_chars) if source.passage_chars and not chat else found
 
 
@@ -257,8 +264,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _first_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int]:
-    """Returns the first rows, and how many there are (estimated from sizes where not all are read)."""
+def _first_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int | None]:
+    """Returns the first rows, and how many there are: estimated from sizes where not all are read, None
+    where a stream does not tell."""
     readers = {"text": _texts, "jsonl": _json_rows, "parquet": _parquet_rows}
     try:
         if source.format in readers:
@@ -343,7 +351,7 @@ def _parquet_rows(source: SourceOptions, files: list[Path]) -> tuple[list[dict[s
     return list(_limited(rows())), sum(parquet.read_metadata(path).num_rows for path in files)
 
 
-def _dataset_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int]:
+def _dataset_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]], int | None]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -365,10 +373,12 @@ def _dataset_rows(source: SourceOptions, key: str) -> tuple[list[dict[str, Any]]
     except ValueError:
         _require_named(source, key)
         raise
-    rows = list(_limited(iter(stream)))
-    splits = stream.info.splits or {}
-    known = splits.get(source.hub_split)
-    return rows, int(known.num_examples) if known and known.num_examples else len(rows)
+    waiting = iter(stream)
+    rows = list(_limited(waiting))
+    known = (stream.info.splits or {}).get(source.hub_split)
+    if known and known.num_examples:
+        return rows, int(known.num_examples)
+    return rows, len(rows) if next(waiting, None) is None else None
 
 
 def _require_named(source: SourceOptions, key: str) -> None:

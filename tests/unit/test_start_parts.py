@@ -152,6 +152,20 @@ def hub_folder(folder: Path) -> Path:
     return folder
 
 
+def test_a_stream_that_does_not_tell_its_length_is_at_least_so_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    stream = datasets.Dataset.from_dict({"text": ["a text"] * 30}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    for rows, told in ((10, "at least 11 texts"), (29, "at least 30 texts"), (30, "30 texts")):
+        monkeypatch.setattr("pipeline.start.sources.ROWS", rows)
+        [found] = find("hub:org/set@main", "--source")
+        least = "at least" if rows < 30 else "about"
+        assert replace(found, tokens=9).about == f'{told} in "text", {least} 9 tokens'
+
+
 def test_configurations_and_splits_of_a_hub_data_set(tmp_path: Path) -> None:
     name = hub_folder(tmp_path / "set")
     [found] = find(f"hub:{name}:en:test@main", "--source")

@@ -126,7 +126,12 @@ class Harness:
             mixed = [*self.raw["corpus"]["sources"], *instructions.sources(mix / "text")]
             more.append(f"corpus.sources={json.dumps(mixed)}")
         if row.weak:
-            more.append(f"teachers.{WEAK}.model={self.shared / WEAK}")
+            # In the precision of the one it is cut from: bfloat16 takes a CPU without units for it ages.
+            first = next(iter(base.teachers.values()))
+            more += [
+                f"teachers.{WEAK}.model={self.shared / WEAK}",
+                f"teachers.{WEAK}.dtype={first.dtype}",
+            ]
         if row.cache:
             cache = str(self.shared / "caches" / row.cache)
         places = (f"corpus_dir={corpus}", f"cache_dir={cache}", "assets=null")

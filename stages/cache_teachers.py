@@ -77,7 +77,10 @@ def cache_teachers(
             trust_remote_code=job.options.trust_remote_code,
         )  # fmt: skip
         require_same_tokenizer(tokenizer, theirs, "the corpus", f"teacher {job.name!r}")
-        require_free(job.local_root, job.expected_bytes(), f"the cache of teacher {job.name!r}")
+        require_free(
+            job.local_root, job.expected_bytes(), f"the cache of teacher {job.name!r}",
+            store.smaller(bool(job.layout.feature_layers)),
+        )  # fmt: skip
     work = _Work(store, BlockReader(corpus_dir), device_of_task(device_name), progress, share)
     outcomes: list[Outcome] = []
     with StopSignals() as stop:
@@ -172,7 +175,8 @@ class _PartWriter:
 
         try:
             raw = int(job.layout.bytes_per_token_raw() * tokens)
-            require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}")
+            less = work.store.smaller(bool(job.layout.feature_layers))
+            require_free(job.local_root, raw, f"part {part} of teacher {job.name!r}", less)
             arrays = annotator.annotate(
                 work.reader.part(part), writer.orders, job.options.batch_blocks, advance,
                 behind.submit,

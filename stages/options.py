@@ -128,8 +128,9 @@ class StoreOptions(Options):
 
     preset: Literal["exact", "balanced", "compact"] = Field(
         "compact",
-        description="compact: a small head, and draws that stand for the tail without bias; balanced: "
-        "a large head, near-lossless (KL about 2e-5), and the mass of the tail; exact: that in float32.",
+        description="compact: a small head, and draws that stand for the tail without bias in "
+        "loss.divergence forward_kl alone; balanced: a large head, near-lossless (KL about 2e-5), and "
+        "the mass of the tail; exact: that in float32.",
     )
     k: Count | None = Field(
         None, description="Head entries a token; if not given: 16 of compact, 64 of the others."
@@ -183,6 +184,22 @@ class StoreOptions(Options):
     def drawn(self) -> int:
         """S: what was asked for, or the preset's."""
         return PRESETS[self.preset].draws if self.draws is None else self.draws
+
+    def smaller(self, features: bool) -> str:
+        """Returns what would make a cache smaller, as advice: of what it has.
+
+        Args:
+            features: whether it has feature layers.
+        """
+        levers = {
+            "store.preset: compact": self.preset != "compact",
+            "a smaller store.k": self.preset != "compact" or self.entries > PRESETS["compact"].k,
+            "fewer store.draws": self.drawn > 0,
+            "store.temperatures: []": bool(self.temperatures),
+            "no teachers.NAME.feature_layers": features,
+            "less text": True,
+        }
+        return ", ".join(lever for lever, has in levers.items() if has)
 
 
 class ReadingOptions(Options):

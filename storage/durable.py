@@ -231,7 +231,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def require_free(folder: Path, needed: int, what: str, less: str = "smaller store.k") -> None:
+def require_free(folder: Path, needed: int, what: str, less: str) -> None:
     """Refuses to begin what cannot be finished.
 
     Args:
@@ -255,8 +255,13 @@ def require_free(folder: Path, needed: int, what: str, less: str = "smaller stor
         )
 
 
+def existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest one above it that is there."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def _free(folder: Path) -> int:
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing(folder)).free

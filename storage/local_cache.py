@@ -52,7 +52,11 @@ class LocalCache:
             DiskFull: no space.
         """
         if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a file here
-            raise CorruptShard("a manifest states no sha256", where=where, found=digest[:80])
+            raise CorruptShard(
+                "a manifest states no sha256", where=where, expected="64 hexadecimal digits",
+                found=digest[:80],
+                todo="put the store's files there again: run `scholiast push --verify` from the original",
+            )  # fmt: skip
         path = self.folder / digest[:2] / digest
         while True:
             with contextlib.suppress(FileNotFoundError):

@@ -102,6 +102,17 @@ def digests(root: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+def tree(root: Path) -> dict[str, tuple[int, str]]:
+    """Everything below a folder: times and contents of files, and the folders."""
+    return {
+        str(path.relative_to(root)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder",
+        )
+        for path in sorted(root.rglob("*"))
+    }
+
+
 class Lab:
     """A folder with everything a tiny run needs, and its configuration as a dict.
 

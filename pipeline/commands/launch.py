@@ -158,7 +158,8 @@ def kubernetes(
 
 
 @launch.command()
-@click.option("--workers", type=click.IntRange(1), required=True, help="Processes.")
+@click.option("--workers", type=click.IntRange(1), required=True,
+              help="Processes at work at once, each a task of stage one.")  # fmt: skip
 @json_option
 @dry_run_option
 @run_options

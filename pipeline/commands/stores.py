@@ -50,7 +50,7 @@ def check_options(command: F) -> F:
             default=4,
             show_default=True,
             type=click.IntRange(1),
-            help="Files read at once.",
+            help="Files read at once, by threads of this one process.",
         ),
         click.option("--deep", is_flag=True, help="Also decode every chunk, as training would."),
     ):

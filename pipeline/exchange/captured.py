@@ -110,9 +110,10 @@ def tokens_of(ids: Sequence[Any], where: str) -> Int32:
     """Returns a sequence's tokens; refuses what are no ids at all."""
     try:
         tokens = np.array(ids, np.int64)
+        whole = set(map(type, ids)) <= {int}  # of 1.5 NumPy makes 1
     except (TypeError, ValueError, OverflowError):
-        tokens = np.full((1, 1), -1)
-    if tokens.ndim != 1 or (tokens.size and (tokens.min() < 0 or tokens.max() >= 1 << 31)):
+        tokens, whole = np.zeros(0, np.int64), False
+    if not whole or (tokens.size and (tokens.min() < 0 or tokens.max() >= 1 << 31)):
         raise refuse("the sequence's tokens are no ids", where)
     return tokens.astype(np.int32)
 

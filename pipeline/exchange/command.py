@@ -61,7 +61,7 @@ def import_cache(
     """
     from pipeline.exchange.run_import import Request, run_import
 
-    work, console = open_workspace(config, overrides, quiet)
+    work, console = open_workspace(config, overrides, quiet, dry_run)
     request = Request(
         teacher, source, kind, layout, tokens, tokenizer, values, keys, offset, k,  # type: ignore[arg-type]
         entropy is not None, dry_run,

@@ -25,10 +25,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.exchange.captured import CapturedSequence, Reading, refuse, tokens_of
-from pipeline.yaml_text import load_yaml
+from pipeline.yaml_text import LARGEST, load_yaml
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError
 from storage.types import AnyArray, Float32, Int64
@@ -44,6 +44,9 @@ FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
+_Term = Literal["sqrt", "exp"] | Annotated[int, Field(ge=0, le=64)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,23 +55,35 @@ class Bin(_Strict):
     """A run of quantised elements with one scale."""
 
     scale_dtype: FloatName
-    element_bits: Annotated[int, Field(ge=1, le=64)]
+    element_bits: Annotated[int, Field(ge=1, le=63)]  # they are taken as int64
     num_elements: Annotated[int, Field(ge=1)]
 
 
 class PackedLayout(_Strict):
-    """DistillKit's DistributionQuantizationConfig."""
+    """DistillKit's DistributionQuantizationConfig, within what a capture can be: an id has a bit at
+    least, its candidates differ, and a polynomial's table of values stays small."""
 
-    d: Annotated[int, Field(ge=1, le=1 << 31)]
+    d: Annotated[int, Field(ge=2, le=1 << 31)]
     k: Annotated[int, Field(ge=1)]
     exact_k: Annotated[int, Field(ge=0)]
     exact_dtype: FloatName = "float32"
-    polynomial_terms: tuple[Literal["sqrt", "exp"] | int, ...] | None = None
+    polynomial_terms: Annotated[tuple[_Term, ...], Field(max_length=32)] | None = None
     term_dtype: FloatName = "float32"
     residual_bins: tuple[Bin, ...] = ()
     delta_encoding: bool = True
     error_diffusion: bool = False
     normalize_t: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> PackedLayout:
+        if self.k > self.d:
+            raise ValueError(f"k {self.k} is more than d {self.d}, which is how many ids there are")
+        inexact = sum(one.num_elements for one in self.residual_bins)
+        if self.exact_k + inexact > self.k:
+            raise ValueError(
+                f"exact_k and residual_bins hold {self.exact_k + inexact} values, more than k {self.k}"
+            )
+        return self
 
     @property
     def id_bits(self) -> int:
@@ -96,7 +111,8 @@ def load_layout(path: Path | None, files: Sequence[Path]) -> PackedLayout:
     """
     path = path or files[0].parent / BESIDE
     try:
-        layout = PackedLayout.model_validate(load_yaml(path.read_text()))
+        with path.open(encoding="utf-8") as file:
+            return PackedLayout.model_validate(load_yaml(file.read(LARGEST + 1)))
     except FileNotFoundError:
         raise ConfigError(
             "DistillKit's captures do not describe themselves", where="--layout", found=f"no {path}",
@@ -108,13 +124,6 @@ def load_layout(path: Path | None, files: Sequence[Path]) -> PackedLayout:
             found=str(error).replace("\n", " ")[:200],
             todo="give the `d, k, exact_k, …` mapping with which the captures were made",
         ) from error  # fmt: skip
-    inexact = sum(one.num_elements for one in layout.residual_bins)
-    if layout.exact_k > layout.k or inexact > layout.k - layout.exact_k:
-        raise ConfigError(
-            "the layout holds more values than k", where=path, expected=layout.k,
-            found=layout.exact_k + inexact, todo="check exact_k and residual_bins",
-        )  # fmt: skip
-    return layout
 
 
 def unpack_bits(packed: AnyArray, bits: int, count: int) -> Int64:
@@ -126,6 +135,7 @@ def unpack_bits(packed: AnyArray, bits: int, count: int) -> Int64:
     return total
 
 
+@np.errstate(all="ignore")  # what is not finite is refused later
 def decode_logprobs(packed: AnyArray, layout: PackedLayout) -> Float32:
     """Returns float32 [R, K] of the bytes [R, logprob_bytes].
 
@@ -177,13 +187,12 @@ def _polynomial(coefficients: Float32, layout: PackedLayout) -> Float32:
     count = layout.k - layout.exact_k
     t = np.linspace(0, 1, count) if layout.normalize_t else np.arange(count, dtype=np.float64)
     names = {"sqrt": np.sqrt, "exp": np.exp}
-    with np.errstate(all="ignore"):  # what is not finite is refused later
-        table = np.stack(
-            [names[f](t) if isinstance(f, str) else t**f for f in layout.polynomial_terms or ()], 1
-        )
-        terms = _as(table.astype(np.float32), layout.term_dtype)
-        products = _as(terms * coefficients[:, None, :], layout.term_dtype)
-        return _as(products.sum(-1, dtype=np.float32), layout.term_dtype)
+    table = np.stack(
+        [names[f](t) if isinstance(f, str) else t**f for f in layout.polynomial_terms or ()], 1
+    )
+    terms = _as(table.astype(np.float32), layout.term_dtype)
+    products = _as(terms * coefficients[:, None, :], layout.term_dtype)
+    return _as(products.sum(-1, dtype=np.float32), layout.term_dtype)
 
 
 def _as(values: Float32, dtype: FloatName) -> Float32:

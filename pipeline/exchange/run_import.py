@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from contextlib import ExitStack
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,21 +79,7 @@ def run_import(work: Workspace, request: Request) -> dict[str, Any]:
     reading, source = _reading(work, request, files)
     key = fingerprint({"source": source, "corpus": info.fingerprint})
     wanted = Wanted(config.store.preset, request.k, request.entropy_bound)
-    with ExitStack() as stack:
-        if request.dry_run:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "capture"
-        else:
-            scratch = root.parent / f".{request.teacher}.import"
-            durable.make_folder(root.parent)
-            try:
-                stack.enter_context(
-                    durable.claimed(root.parent / f".{request.teacher}.import.lock")
-                )
-            except BlockingIOError as error:
-                raise ConfigError(
-                    "another process imports this teacher's cache", where=root, found=error.strerror,
-                    todo="wait for it, or stop it",
-                ) from error  # fmt: skip
+    with _scratch_for(root, request.dry_run) as scratch:
         read = None
         try:
             read = read_into(scratch, files, reading, info.vocab_size, key, work.progress)
@@ -107,6 +96,46 @@ def run_import(work: Workspace, request: Request) -> dict[str, Any]:
         "teacher": request.teacher, "cache": str(root), "dry_run": request.dry_run, "written": written,
         "source": source, "found": found.to_dict(),
     }  # fmt: skip
+
+
+@contextmanager
+def _scratch_for(root: Path, dry_run: bool) -> Iterator[Path]:
+    """Yields the scratch folder beside a cache, held against other processes.
+
+    A dry run makes no folder that would stay: its own lies in the nearest one that is there, and goes
+    however the block ends. What SIGKILL leaves of it the next dry run replaces.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    place = durable.existing(root.parent) if dry_run else root.parent
+    durable.make_folder(place)
+    scratch = place / f".{root.name}.{'dry-run' if dry_run else 'import'}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(durable.claimed(place / f"{scratch.name}.lock"))
+        except BlockingIOError as error:
+            raise ConfigError(
+                "another process imports this teacher's cache", where=root, found=error.strerror,
+                todo="wait for it, or stop it",
+            ) from error  # fmt: skip
+        if dry_run:
+            stack.enter_context(_leaving_at_sigterm())
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        yield scratch
+
+
+@contextmanager
+def _leaving_at_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the block, where it would otherwise end the process on the spot."""
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_options(request: Request) -> None:

@@ -35,6 +35,9 @@ _MOST, _LEAST = 1.001, 1e-45  # of a probability; what is less counts as the lea
 _LARGEST = float(np.finfo(np.float32).max)
 _ID_KEYS = ("token_id", "id", "token")
 
+LONGEST = 1 << 30
+"""Bytes of a line that is read: a hundred candidates for each of 10^5 tokens as vLLM dumps them."""
+
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes a JSON object; a key that stands twice is an error, where json takes the last."""
@@ -49,13 +52,16 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (file and line, value) of each line that is not empty.
 
     Raises:
-        CorruptShard: a line is no JSON, or an object in it has a key twice.
+        CorruptShard: a line is no JSON, or an object in it has a key twice, or it is LONGEST or more.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
+            if len(line) == LONGEST:
+                raise refuse("the line is too long to be a sequence's", where,
+                             expected=f"less than {LONGEST:,} bytes")  # fmt: skip
             try:
                 yield where, json.loads(line, object_pairs_hook=distinct)
             except (ValueError, RecursionError) as error:
@@ -92,8 +98,9 @@ def _sequence(row: Any, sequence: Any, reading: Reading, where: str) -> Captured
     tokens = sequence_tokens(told, ("input_ids", "token_ids", "prompt_token_ids"), reading, where)
     # Of EasyDistill's the entries are those of the answer, which ends the sequence.
     start = told.get("start", 0 if sequence is None else len(tokens) - len(entries))
-    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-        raise refuse("the entries begin at no token", where, expected="start ≥ 0", found=start)
+    if type(start) is not int or not 0 <= start <= len(tokens):
+        raise refuse("the entries begin at no token", where, expected=f"start 0 to {len(tokens):,}",
+                     found=repr(start)[:80])  # fmt: skip
     ids, values, counts = parse_entries(entries, reading, where)
     count = len(counts)
     return CapturedSequence(
@@ -109,7 +116,7 @@ def sequence_tokens(
     """Returns a sequence's tokens: ids where they are told, else its text by the corpus's tokenizer.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither is there. CorruptShard: no ids, or no text.
     """
     if isinstance(row, dict):
         for key in keys:
@@ -117,12 +124,24 @@ def sequence_tokens(
                 return tokens_of(row[key], where)
         for key in texts:
             if isinstance(row.get(key), str):
-                return tokens_of(reading.encode(row[key]), where)
+                return tokens_of(reading.encode(_characters(row[key], key, where)), where)
     raise ConfigError(
         "the capture does not say which tokens its distributions belong to", where=where,
         expected=f"one of {', '.join((*keys, *texts))}", todo="add them, or give --tokens FILE: a line "
         '{"input_ids": […]} or {"text": "…"} for each line of the capture',
     )  # fmt: skip
+
+
+def _characters(text: str, key: str, where: str) -> str:
+    """Returns the text, which a tokenizer takes only without halves of pairs (JSON can hold them)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise refuse(
+            f"{key} holds what is no character", f"{where}, character {error.start}",
+            found=repr(text[error.start]),
+        ) from None  # fmt: skip
+    return text
 
 
 def parse_entries(
@@ -169,7 +188,8 @@ def _plain_entries(entries: Sequence[Any], reading: Reading) -> tuple[Int32, Flo
             raise ValueError("no probabilities")
         values = np.log(np.maximum(values, _LEAST))
     counts = [0 if entry is None else len(entry) for entry in entries]
-    return ids.astype(np.int32), values.astype(np.float32), np.array(counts, np.int64)
+    with np.errstate(over="ignore"):  # what is infinite is refused later
+        return ids.astype(np.int32), values.astype(np.float32), np.array(counts, np.int64)
 
 
 def _pairs(entry: Any, where: str, j: int) -> list[tuple[Any, Any]]:
@@ -214,7 +234,7 @@ def _logprob(value: Any, reading: Reading, where: str, j: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refuse("a candidate has no number", f"{where}, entry {j}", found=repr(value))
     if reading.values == "logprobs":
-        return float(value)
+        return _float32(value)
     if not 0 <= value <= _MOST:
         raise refuse("no probability", f"{where}, entry {j}", expected="0 to 1", found=value)
     return math.log(max(value, _LEAST))
@@ -235,8 +255,10 @@ def _numbers(values: Any, count: int, name: str, where: str) -> Any:
             raise refuse(
                 f"{name} holds what is no number", f"{where}, entry {j}", found=repr(value)
             )
-        # What float32 cannot hold, and an int that is beyond every float, is as good as infinite.
-        made[j] = (
-            value if abs(value) <= _LARGEST else math.copysign(math.inf, 1 if value > 0 else -1)
-        )
+        made[j] = _float32(value)
     return made
+
+
+def _float32(value: float) -> float:
+    """Returns the number; what float32 cannot hold (or any float: an int can be so large) is infinite."""
+    return value if abs(value) <= _LARGEST else math.copysign(math.inf, 1 if value > 0 else -1)

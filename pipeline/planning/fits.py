@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cache_workspace import CacheWorkspace
+from pipeline.config import RunConfig
 from pipeline.console import duration, human_bytes
 from pipeline.launch.options import Resources
 from pipeline.planning.memory import Peak
 from pipeline.planning.rows import PlanRow
 from pipeline.planning.shapes import student_shape, teacher_shape
 from pipeline.workspace import Workspace
+from storage.codec import PRESETS
 from storage.errors import ConfigError
 
 _NEARLY = 0.9  # of a device's memory, from which an estimate leaves no room
@@ -74,6 +76,7 @@ def _remedy(peak: Peak) -> str:
 def disk_warnings(work: CacheWorkspace, rows: Sequence[PlanRow]) -> list[str]:
     """Returns a text for each file system that has not the space for what is still to come."""
     config = work.config
+    less = config.store.smaller(any(t.feature_layers for t in config.teachers.values()))
     places = {"prepare": config.corpus_folder, "cache": config.cache_folder, "train": config.run}
     needed: dict[int, float] = {}
     where: dict[int, Path] = {}
@@ -90,10 +93,33 @@ def disk_warnings(work: CacheWorkspace, rows: Sequence[PlanRow]) -> list[str]:
     return [
         f"disk: {human_bytes(size)} are still to be written below {where[system]}, and "
         f"{human_bytes(shutil.disk_usage(where[system]).free)} are free: name a larger disk with "
-        "run_dir, corpus_dir or cache_dir, lower store.k, or set store.preset: compact"
+        f"run_dir, corpus_dir or cache_dir, or store less ({less})"
         for system, size in needed.items()
         if size > shutil.disk_usage(where[system]).free
     ]
+
+
+def tail_problem(config: RunConfig) -> tuple[str, str] | None:
+    """Returns (what is so, the remedy) where the loss has one bucket for all but a head that is small for
+    the sake of draws; None where it is not so."""
+    store, loss = config.store, config.loss
+    if store.preset != "compact" or loss.tail(store.drawn) != "bucket":
+        return None
+    most = PRESETS["balanced"].k
+    if store.entries >= most:
+        return None
+    unused = f", and the {store.drawn} draws are not used" if store.drawn else ""
+    return (
+        f"with loss.divergence {loss.divergence} and loss.target {loss.target} one bucket stands for all "
+        f"but {store.entries} entries a token{unused}",
+        f"set store.preset: balanced before anything is cached: it keeps {most}",
+    )
+
+
+def tail_warnings(config: RunConfig) -> list[str]:
+    """Returns a text where the loss sees less of the teachers than it could."""
+    found = tail_problem(config)
+    return [] if found is None else [f"loss: {'; '.join(found)}"]
 
 
 def array_warnings(work: CacheWorkspace, name: str, row: PlanRow, tasks: int) -> list[str]:

@@ -13,10 +13,12 @@ from pipeline.planning.calibration import STUDENT
 
 def show_plan(console: Console, plan: dict[str, Any]) -> None:
     """Prints a plan from `whole_plan`: steps, arrays, memory, parts, warnings."""
-    told = about(plan["tokens"], plan["estimated"])
+    tokens, blocks, parts = (
+        about(plan[name], plan["estimated"]) for name in ("tokens", "blocks", "parts")
+    )
     click.echo(
-        f"{told} tokens in {plan['blocks']:,} blocks of {plan['block_length']:,}, "
-        f"{plan['parts']:,} parts of {plan['blocks_per_part']:,} blocks\n"
+        f"{tokens} tokens in {blocks} blocks of {plan['block_length']:,}, "
+        f"{parts} parts of {plan['blocks_per_part']:,} blocks\n"
     )
     _steps(console, plan)
     _arrays(console, plan)
@@ -119,7 +121,7 @@ def _parts(console: Console, plan: dict[str, Any]) -> None:
             continue
         each, task = parts["part_seconds"], parts["task_seconds"]
         rows.append([
-            name, f"{parts['parts_left']:,}", "–" if each is None else duration(each),
+            name, about(parts["parts_left"], plan["estimated"]), "–" if each is None else duration(each),
             human_bytes(parts["part_bytes"]), human_bytes(parts["shard_bytes"]), f"{parts['tasks']:,}",
             "–" if task is None else duration(task),
         ])  # fmt: skip

@@ -13,6 +13,7 @@ from pipeline.planning.fits import (
     context_problems,
     disk_warnings,
     memory_warnings,
+    tail_warnings,
 )
 from pipeline.planning.memory import Peak, student_peak, teacher_peak
 from pipeline.planning.pace import Device, Pace
@@ -60,6 +61,7 @@ def whole_plan(work: Workspace, asked: Asked, notes: Sequence[str] = ()) -> dict
     peaks, problems = _peaks(work, facts, device, asked)
     peaks = [_with_measured(peak, pace) for peak in peaks]
     warnings = [_in_one_line(problem) for problem in (*context_problems(work), *problems)]
+    warnings += tail_warnings(work.config)
     warnings += memory_warnings(peaks, device["memory_bytes"]) + disk_warnings(work, rows)
     for row in rows:
         name = row.step.removeprefix("cache ")

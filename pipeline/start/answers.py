@@ -14,7 +14,7 @@ import click
 
 from pipeline.start.choices import spread_layers
 from pipeline.start.models import ModelFacts, common_tokenizer, look_at, look_at_config
-from pipeline.start.sources import ColumnUnknown, Found, find
+from pipeline.start.sources import UNTOLD, Found, find
 from pipeline.start.sources import look_at as look_at_source
 from pipeline.terminal import harmless
 from stages.options import SourceOptions
@@ -290,8 +290,8 @@ def _add_source(text: str, key: str, split: str, flags: Flags, answers: Answers)
     def look(source: SourceOptions, where: str, field: str | None) -> Found:
         try:
             return look_at_source(source, where, field)
-        except ColumnUnknown as error:
-            if not flags.asking:
+        except ConfigError as error:
+            if not flags.asking or error.what != UNTOLD:
                 raise
             click.echo(harmless(f"{error}\n"), err=True)
         return ask(

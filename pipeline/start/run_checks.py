@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.console import human_bytes
+from pipeline.console import about, human_bytes
+from pipeline.planning.fits import tail_problem
 from pipeline.start.checks import BAD, OK, WARN, Check, failed, folder
 from pipeline.start.models import ModelFacts, look_at, look_at_config
 from pipeline.start.sources import Found, count_tokens, sides
@@ -31,7 +32,7 @@ def check_run(config: RunConfig, *, load: bool = False) -> list[Check]:
     Args:
         load: also load each model, one after the other, and look at its head and attention.
     """
-    checks = list(_extras(config))
+    checks = [*_extras(config), *_tail(config)]
     if config.assets and not all(Path(t.model).is_dir() for t in config.teachers.values()):
         found = "the demonstration's models and text are not built yet"
         checks.append(Check("models", "assets", WARN, found, "the first command builds them"))
@@ -60,6 +61,13 @@ def _extras(config: RunConfig) -> Iterator[Check]:
         yield Check("versions", module, OK if there else BAD,
                     "installed" if there else "needed by this configuration and not installed",
                     "" if there else f"run `pip install 'scholiast[{extra}]'`")  # fmt: skip
+
+
+def _tail(config: RunConfig) -> Iterator[Check]:
+    """Yields a warning where the loss sees less of the teachers than it could."""
+    found = tail_problem(config)
+    if found is not None:
+        yield Check("loss", "tail", WARN, *found)
 
 
 def _models(config: RunConfig) -> tuple[_Models, Any, list[Check]]:
@@ -202,7 +210,9 @@ def _source(source: SourceOptions, key: str, tokenizer: Any) -> tuple[Found, Che
         what = "the column holds chats, and the configuration says text"
         return found, Check("text", name, BAD, what, "set messages_field in place of text_field")
     if tokenizer is None:
-        return found, Check("text", name, OK, f"{found.documents:,} documents")
+        return found, Check(
+            "text", name, OK, f"{about(found.documents, not found.whole)} documents"
+        )
     found = count_tokens(found, key, tokenizer)
     if found.whole and source.heldout:
         held, kept = sides(found, key, tokenizer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from stages.documents import source_files
 from stages.options import SourceOptions
@@ -71,8 +71,8 @@ Look = Callable[[SourceOptions, str, str | None], Found]
 """Looks at a source: (the source, its name for messages, its column if that is known) → what it is."""
 
 
-class ColumnUnknown(ConfigError):
-    """Several columns could be the text, and none was named: whoever sits at a terminal can be asked."""
+UNTOLD: Final = "it cannot be told which column holds the text"
+"""Said where several columns could be the text and none was named: at a terminal that can be asked."""
 
 
 def parse(text: str, key: str) -> list[dict[str, Any]]:
@@ -244,8 +244,8 @@ def _column(
             "no column holds text or chat messages in every row", where=where, found=found,
             todo='give a source that has one; chats are lists of {"role": …, "content": …}',
         )  # fmt: skip
-    raise (ColumnUnknown if field is None else ConfigError)(
-        "it cannot be told which column holds the text" if field is None
+    raise ConfigError(
+        UNTOLD if field is None
         else f"the column {field!r} holds neither text nor chat messages in every row",
         where=where, found=found,
         todo=f"name the column with --field {source.domain}=COLUMN; chats are lists of "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from capture_files import documents, topk_lines, vllm_lines, write_distillkit, write_lines
 from conftest import Lab, build_parts
 
 from stages.checkpoint import Checkpoints
@@ -36,7 +37,27 @@ def build(root: Path) -> Lab:
                                                                      "top_p": 0.9})):  # fmt: skip
         _random_cache(root / "run/cache" / name, source, changes)
     _checkpoint(root / "checkpoints")
+    _captures(root / "captures", lab)
     return lab
+
+
+def _captures(root: Path, lab: Lab) -> None:
+    """A folder for each tool, named as --format names it; of JSON lines a third tell the text alone."""
+    found = documents(lab.root / "run/corpus")
+    root.mkdir()
+    one_bin = {"scale_dtype": "float32", "element_bits": 9, "num_elements": 3}
+    layout = {"d": lab.vocab_size, "k": 6, "exact_k": 3, "exact_dtype": "float32",
+              "residual_bins": [one_bin], "delta_encoding": True}  # fmt: skip
+    write_distillkit(root / "distillkit", found, layout)
+    plain, tokenizer = topk_lines(found), lab.workspace().tokenizer()
+    for line in plain[1::3]:
+        unknown = [None] * len(line["logprobs"])
+        line |= {"start": 0, "entropy": [1.5, *unknown[1:]], "gold_logprobs": unknown}
+    for line in plain[::3]:
+        line["text"] = tokenizer.decode(line.pop("input_ids"), skip_special_tokens=True)
+    for kind, lines in (("vllm", vllm_lines(found)), ("topk-jsonl", plain)):
+        (root / kind).mkdir()
+        write_lines(root / kind / "capture.jsonl", lines)
 
 
 def _random_cache(folder: Path, source: CacheReader, changes: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ if __name__ == "__main__":  # before anything else imports them
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     with atheris.instrument_imports(
-        include=["storage", "stages.decode", "stages.checkpoint_pieces"]
+        include=["storage", "stages.decode", "stages.checkpoint_pieces", "pipeline.exchange"]
     ):
+        import pipeline.exchange.distillkit  # noqa: F401
         import stages.decode  # noqa: F401
         import storage.reader  # noqa: F401
 
@@ -35,6 +36,12 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from pipeline.exchange.distillkit import (
+    PackedLayout,
+    decode_logprobs,
+    load_layout,
+    unpack_bits,
+)
 from pipeline.yaml_text import load_yaml
 from stages.checkpoint import load_checkpoint
 from stages.checkpoint_pieces import INDEX
@@ -237,10 +244,57 @@ def yaml_text(data: bytes) -> None:
         raise ScholiastError(str(error)) from error
 
 
+_BIN = {"scale_dtype": "float16", "element_bits": 3, "num_elements": 2}
+_PACKED = [
+    {"d": 300, "k": 3, "exact_k": 3},
+    {"d": 2, "k": 2, "exact_k": 1, "exact_dtype": "float64", "delta_encoding": False},
+    {"d": 1 << 31, "k": 4, "exact_k": 0, "polynomial_terms": [0, 1, "sqrt", "exp"],
+     "term_dtype": "bfloat16", "residual_bins": [_BIN, {**_BIN, "element_bits": 1}]},
+    {"d": 70_000, "k": 5, "exact_k": 2, "exact_dtype": "bfloat16", "normalize_t": True,
+     "polynomial_terms": [64], "residual_bins": [{**_BIN, "element_bits": 63}]},
+]  # fmt: skip
+"""Layouts of DistillKit's captures."""
+
+
+def packed_heads(data: bytes) -> None:
+    """Two positions of a capture of DistillKit, packed in one of some layouts."""
+    layout = PackedLayout.model_validate(_PACKED[data[0] % len(_PACKED) if data else 0])
+    _decode(layout, data[1:])
+
+
+def packed_layout(data: bytes) -> None:
+    """The text of a compression configuration, and zeros packed as it says."""
+    path = _FOLDER / "layout.yaml"
+    path.write_bytes(data)
+    layout = load_layout(path, [])
+    if layout.k <= 1 << 16:
+        _decode(layout, b"")
+
+
+def _decode(layout: PackedLayout, data: bytes) -> None:
+    cut = 2 * layout.id_bytes
+    ids = _rows(data[:cut], layout.id_bytes)
+    found = unpack_bits(ids, layout.id_bits, layout.k)
+    for row, told in zip(ids, found.tolist(), strict=True):
+        number = (
+            int.from_bytes(row.tobytes(), "big") >> 8 * layout.id_bytes - layout.id_bits * layout.k
+        )
+        for one in reversed(told):  # the last id has the least significant bits
+            assert one == number % (1 << layout.id_bits)
+            number >>= layout.id_bits
+    values = decode_logprobs(_rows(data[cut:], layout.logprob_bytes), layout)
+    assert values.shape == (2, layout.k) and values.dtype == np.float32
+
+
+def _rows(data: bytes, width: int) -> Any:
+    return np.frombuffer(data[: 2 * width].ljust(2 * width, b"\0"), np.uint8).reshape(2, width)
+
+
 DECODERS: dict[str, Callable[[bytes], None]] = {
     one.__name__: one
-    for one in (shard, chunk, orders, notes, codec, manifests, infos, arrow, pieces, yaml_text)
-}
+    for one in (shard, chunk, orders, notes, codec, manifests, infos, arrow, pieces, yaml_text,
+                packed_heads, packed_layout)
+}  # fmt: skip
 
 
 def seeds(name: str) -> list[bytes]:
@@ -278,6 +332,10 @@ def seeds(name: str) -> list[bytes]:
         }
         text = json.dumps(index).encode()
         made.append(len(text).to_bytes(2, "little") + text + save({"w@0": np.zeros(3, "f4")}))
+    elif name == "packed_heads":
+        made = [bytes([i]) + generator.bytes(120) for i in range(len(_PACKED))]
+    elif name == "packed_layout":
+        made = [json.dumps(layout).encode() for layout in _PACKED]
     elif name == "yaml_text":
         made = [
             b"a: &x {b: [1, 2.5, true]}\nc: {<<: *x, d: 2001-01-01}\ne: [!!binary aGk=]\n",

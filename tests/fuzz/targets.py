@@ -7,22 +7,29 @@ Malice signs what it writes, so that only the shape of things can be refused.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from click.testing import CliRunner
 from fuzz.artefacts import ALONE, TEACHERS, digest_of, order, tensors
 from fuzz.forgeries import forge
-from fuzz.mutations import Draw, bytes_changed, json_changed, value_changed
+from fuzz.mutations import STRANGE, Draw, bytes_changed, json_changed, value_changed
 from hypothesis import strategies as st
 
 from pipeline.block_view import Vocabulary
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.exchange.captured import Reading, capture_files, read_capture, usual_offset
+from pipeline.exchange.checks import TOLERANCES, clean
+from pipeline.exchange.command import FORMATS
 from stages.checkpoint import latest_checkpoint, load_checkpoint
 from stages.model_files import context_length, hidden_size, layer_count, parameters, read_config
 from stages.train_student import counted
@@ -252,6 +259,71 @@ def read_model(ground: Ground, files: Files, draw: Draw) -> None:
         parameters(path.parent, "model")
 
 
+def capture_target(ground: Ground, draw: Draw) -> Files:
+    """A capture of another tool is changed, or the layout beside it; there are no checksums."""
+    folder = ground.root / "captures" / draw(st.sampled_from(sorted(FORMATS)))
+    path = draw(st.sampled_from(sorted(folder.iterdir())))
+    data = path.read_bytes()
+    if draw(st.integers(0, 3)) == 0:
+        return {path: bytes_changed(draw, data)}
+    if path.suffix == ".jsonl":
+        lines = data.splitlines()
+        at = draw(st.integers(0, len(lines) - 1))
+        lines[at] = json.dumps(_row_changed(draw, json.loads(lines[at]))).encode()
+        return {path: b"\n".join(lines)}
+    if path.suffix == ".yaml":
+        value = _row_changed(draw, yaml.safe_load(data))
+        return {path: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "replace")}
+    return {path: _table_changed(draw, path)}
+
+
+def _row_changed(draw: Draw, row: dict[str, Any]) -> Any:
+    """Returns a mapping with values changed: as often as any of the many candidates, one of its keys'."""
+    if draw(st.booleans()):
+        key = draw(st.sampled_from(sorted(row)))
+        return {**row, key: draw(st.sampled_from([*STRANGE, 3, 64, 10**400, -(10**400)]))}
+    return value_changed(draw, row)
+
+
+def _table_changed(draw: Draw, path: Path) -> bytes:
+    """Returns a Parquet file with one of its rows changed, of whatever types that then has."""
+    rows = pq.read_table(path).to_pylist()[:5]
+    at = draw(st.integers(0, len(rows) - 1))
+    rows[at] = _row_changed(draw, rows[at])
+    made = io.BytesIO()
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), made)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+        return bytes_changed(draw, path.read_bytes())  # no table holds that
+    return made.getvalue()
+
+
+def read_captured(ground: Ground, files: Files, draw: Draw) -> None:
+    """Mostly by the reader and the checks alone; in every tenth case by all that `import` does."""
+    path = next(iter(files))
+    folder, plain = path.parent, path.parent.name == "topk-jsonl"
+    values = draw(st.sampled_from(["logprobs", "probabilities"])) if plain else "logprobs"
+    keys = draw(st.sampled_from(["ids", "tokens"])) if plain else "ids"
+    tokens = path if plain and draw(st.booleans()) else None
+    if draw(st.integers(0, 9)):
+        kind: Any = folder.name
+        reading = Reading(
+            kind, usual_offset(kind, tokens), values, keys, None, tokens, {"5": 5},
+            lambda text: list(text.encode()),
+        )  # fmt: skip
+        for one in read_capture(capture_files(folder, kind), reading):
+            clean(one, 300, TOLERANCES[kind])
+        return
+    more = ["--values", values, "--keys", keys, *(["--tokens", tokens] if tokens else [])]
+    if draw(st.booleans()):
+        more += ["--k", str(draw(st.integers(1, 8)))]
+    command(
+        "import", ground.config, "--teacher", "big", "--from", folder, "--format", folder.name,
+        "--dry-run", "--json", *more, "--set", "teachers.big.model=nowhere", "--set",
+        "loss.features={}",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Target:
     """One thing that is fuzzed.
@@ -274,6 +346,7 @@ TARGETS: dict[str, Target] = {
     "configuration planned": Target(planned_target, read_planned, 1.0),
     "checkpoints": Target(checkpoint_target, read_checkpoint, 1.5),
     "models": Target(model_target, read_model, 0.5),
+    "captures": Target(capture_target, read_captured, 1.5),
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,9 @@ from capture_files import (
     write_distillkit,
     write_lines,
 )
-from conftest import Lab, build_parts, digests, make_tokenizer
+from conftest import Lab, build_parts, digests, make_tokenizer, tree
 
+from pipeline.exchange.importing import Import
 from pipeline.exchange.matching import pieces
 from pipeline.model_card import model_card
 from pipeline.planning.memory import fused_entries
@@ -109,10 +112,10 @@ def test_vllms_dumps_become_the_teachers_rows(
 ) -> None:
     lab, found = made
     path = write_lines(tmp_path / "dump.jsonl", vllm_lines(found))
-    before = digests(tmp_path)
+    before = tree(tmp_path), tree(lab.root / "run")
     tried = take(path, "vllm", "--dry-run", "--json")
     assert tried.exit_code == 0, tried.output
-    assert digests(tmp_path) == before  # nothing was written
+    assert (tree(tmp_path), tree(lab.root / "run")) == before  # nothing was written
     result = take(path, "vllm", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.output)
@@ -432,6 +435,25 @@ def test_a_stopped_import_goes_on(
     assert digests(tmp_path / "cache") == undisturbed
 
 
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_dry_run_leaves_nothing(
+    made: tuple[Lab, list[Document]], take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals, code: int,
+) -> None:  # fmt: skip
+    path = write_lines(tmp_path / "a.jsonl", vllm_lines(made[1]))
+    before, places = tree(tmp_path), []
+
+    def stopped(self: Import, _: Any) -> None:
+        places.append(self.scratch.root)
+        os.kill(os.getpid(), how)
+
+    monkeypatch.setattr(Import, "cover", stopped)
+    assert take(path, "vllm", "--dry-run").exit_code == code
+    assert [place.parent for place in places] == [tmp_path], "beside the cache folder to be"
+    assert tree(tmp_path) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 # -- what the cache can then be used for
 
 
@@ -614,8 +636,9 @@ def test_a_stopped_export_goes_on_and_others_are_not_overwritten(
     cached: Lab, cli: Cli, tmp_path: Path
 ) -> None:
     arguments = ("export-cache", cached.root / "run", tmp_path / "out", "--teacher", "one", "-q")
+    before = tree(tmp_path), tree(cached.root)
     tried = cli(*arguments, "--format", "parquet", "--dry-run")
-    assert tried.exit_code == 0 and not (tmp_path / "out").exists()
+    assert tried.exit_code == 0 and (tree(tmp_path), tree(cached.root)) == before
     assert cli(*arguments, "--format", "parquet").exit_code == 0
     whole = digests(tmp_path / "out")
     assert {Path(name).parts[0] for name in whole} == {"one"}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import huggingface_hub.constants
 import pytest
-from conftest import Lab
+from capture_files import documents, topk_lines, write_lines
+from conftest import Lab, tree
 from hub_server import TOKEN, Hub, served
 
 from pipeline.cli import main
@@ -30,17 +31,6 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
         return int(ended.value.code or 0), shown.out, shown.err
 
     return call
-
-
-def tree(root: Path) -> dict[str, tuple[int, str]]:
-    """Everything below a folder: times and contents of files, and the folders."""
-    return {
-        str(path.relative_to(root)): (
-            path.stat().st_mtime_ns,
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder",
-        )
-        for path in sorted(root.rglob("*"))
-    }
 
 
 READERS: list[list[object]] = [
@@ -111,6 +101,51 @@ def test_each_command_dry_then_for_good_then_done(
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         to_the_hub(lab, config, run, hub)
+
+
+def with_dry_run(group: click.Group, prefix: str = "") -> Iterator[str]:
+    for name, one in group.commands.items():
+        if isinstance(one, click.Group):
+            yield from with_dry_run(one, f"{prefix}{name} ")
+        elif any("--dry-run" in option.opts for option in one.params):
+            yield prefix + name
+
+
+def dry_runs(lab: Lab, config: Path) -> dict[str, list[object]]:
+    """Every command that takes --dry-run, as it is called in a run whose students are trained."""
+    cache, out = lab.root / "run/cache/one", lab.root / "out"
+    capture = lab.root / "capture.jsonl"
+    return {
+        "init": [lab.root / "new.yaml", "--yes", "--teacher", f"a={lab.root}/a", "--keep-layers", 1,
+                 "--source", f"x={lab.root}/x.jsonl"],
+        "prepare": [config], "cache-teachers": [config], "append": [config],
+        "train-student": [config], "evaluate": [config], "report": [config],
+        "export": [config, out], "push": [config, f"file://{out}"],
+        "launch slurm": [config], "launch local": [config, "--workers", 2],
+        "launch kubernetes": [config, "--set", "cluster.defaults.image=i"],
+        "reproduce": [config, "--folder", out],
+        "import": [config, "--set", "teachers.big.model=nowhere", "--teacher", "big", "--from", capture,
+                   "--format", "topk-jsonl", "--set", f"cache_dir={out}", "--set", "loss.features={}"],
+        "export-cache": [cache, out, "--format", "parquet", "--corpus", lab.root / "run/corpus"],
+        "repair": [config, "--clean", "--deep"],
+    }  # fmt: skip
+
+
+@pytest.mark.after("train-student")
+def test_no_dry_run_writes(lab: Lab, run: Run) -> None:
+    """Not even remembered hashes: the training's are deleted, so that every command hashes anew."""
+    config = lab.write()
+    write_lines(lab.root / "capture.jsonl", topk_lines(documents(lab.root / "run/corpus")))
+    assert run("evaluate", config, "-q")[0] == 0
+    (lab.root / "run/hashes.json").unlink()
+    (lab.root / "run/cache/one/.part.tmp").write_text("left behind")
+    calls = dry_runs(lab, config)
+    assert set(calls) == set(with_dry_run(main))
+    before = tree(lab.root)
+    for name, words in calls.items():
+        code, shown, errors = run(*name.split(), *words, "--dry-run")
+        assert code == 0, (name, shown, errors)
+        assert tree(lab.root) == before, name
 
 
 def the_cards(lab: Lab) -> None:

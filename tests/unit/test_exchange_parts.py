@@ -19,6 +19,7 @@ from capture_files import pack_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.exchange import topk_jsonl
 from pipeline.exchange.captured import CapturedSequence, Reading
 from pipeline.exchange.checks import ShiftCheck, Tolerance, clean
 from pipeline.exchange.distillkit import (
@@ -30,6 +31,7 @@ from pipeline.exchange.distillkit import (
 from pipeline.exchange.head_statistics import head_statistics
 from pipeline.exchange.scratch import FACTS, TYPES, Scratch, ScratchWriter
 from pipeline.exchange.topk_jsonl import parse_entries, read_topk
+from pipeline.yaml_text import LARGEST
 from storage import durable
 from storage.codec import from_bfloat16, to_bfloat16
 from storage.errors import ConfigError, CorruptShard, ScholiastError, VocabularyMismatch
@@ -181,10 +183,21 @@ def test_what_holds_no_bytes_is_refused_with_its_place(
         json.dumps({**PACKED, "d": 10**400}),
         json.dumps({**PACKED, "unknown": 1}),
         "\x00",
+        json.dumps({**PACKED, "d": 1}),
+        json.dumps({**PACKED, "k": 17}),
+        json.dumps({**PACKED, "exact_k": 3}),
+        json.dumps({**PACKED, "residual_bins": [
+            {"scale_dtype": "float16", "element_bits": 3, "num_elements": 1}]}),
+        json.dumps({**PACKED, "exact_k": 1, "residual_bins": [
+            {"scale_dtype": "float16", "element_bits": 64, "num_elements": 1}]}),
+        json.dumps({**PACKED, "exact_k": 1, "polynomial_terms": [10**400]}),
+        json.dumps({**PACKED, "exact_k": 1, "polynomial_terms": [1] * 33}),
+        json.dumps(PACKED) + " " * LARGEST,
     ],
-    ids=["date", "deep", "aliases", "tag", "huge", "key", "control"],
-)
-def test_a_layout_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    ids=["date", "deep", "aliases", "tag", "huge", "key", "control", "no bits", "more than d",
+         "more exact", "more in bins", "wide", "power", "terms", "long"],
+)  # fmt: skip
+def test_a_layout_that_is_none_or_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
     path = packed(tmp_path, pa.list_(pa.list_(pa.uint8())))
     (tmp_path / "layout.yaml").write_text(text)
     with pytest.raises(ConfigError, match="not a compression configuration of DistillKit") as error:
@@ -379,6 +392,11 @@ def test_token_strings_are_looked_up(tmp_path: Path) -> None:
         ({"input_ids": [1, 2], "logprobs": [{"3": None}]}, "no number"),
         ({"input_ids": [1, 2], "logprobs": [{"-3": -1}]}, "no token id"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "start": -1}, "begin at no token"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "start": 3}, "begin at no token"),
+        ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "start": 10**30}, "begin at no token"),
+        ({"input_ids": [1, 2.5], "logprobs": [{"3": -1}]}, "no ids"),
+        ({"text": "a\ud800", "logprobs": [{"3": -1}]}, "no character"),
+        ({"input_ids": [1] * 50, "logprobs": [{"3": -1}]}, "too long"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [1, 2]}, "a number for each"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [math.nan]}, "no number"),
         ({"input_ids": [1, 2], "logprobs": [{"3": -1}], "entropy": [True]}, "no number"),
@@ -386,12 +404,20 @@ def test_token_strings_are_looked_up(tmp_path: Path) -> None:
     ],
 )
 def test_lines_that_are_none_are_refused_with_their_place(
-    tmp_path: Path, row: Any, what: str
+    tmp_path: Path, row: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(topk_jsonl, "LONGEST", 150)
     path = lines(tmp_path / "a.jsonl", {"input_ids": [1, 2], "logprobs": [{"3": -1}]}, row)
     with pytest.raises(ScholiastError, match=what) as error:
         list(read_topk([path], reading()))
     assert f"{path}, line 2" in error.value.where
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e39, -1e39])
+def test_numbers_beyond_float32_are_infinite_to_both_ways_through_entries(value: float) -> None:
+    for entry in ({"3": value}, [{"id": 3, "logprob": value}]):
+        found = parse_entries([entry], reading(), "here")[1]
+        assert found.tolist() == [math.copysign(math.inf, value > 0 or -1)]
 
 
 def scratch(root: Path) -> None:

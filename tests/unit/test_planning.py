@@ -93,6 +93,8 @@ def test_plan_and_status_count_alike(lab: Lab, cli: Cli) -> None:
         return plan, cli("plan", path).stdout, cli("status", path).stdout
 
     before, plan, status = counted()
+    counts = r"about [\d,]+ tokens in about [\d,]+ blocks of 32, about [\d,]+ parts of 3 blocks\n"
+    assert re.match(counts, plan), plan
     for name, (total, estimated) in before.items():
         assert estimated and total > 0
         for shown in (plan, status):
@@ -236,6 +238,23 @@ def test_memory_follows_the_options(lab: Lab) -> None:
     assert on_cpu["head in float32"] == 4 * teacher.head and "head in float32" not in on_gpu
 
 
+@pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"target": "bucket"}])
+def test_a_bucket_beside_a_head_made_for_draws_is_a_warning(
+    lab: Lab, cli: Cli, loss: dict[str, str]
+) -> None:
+    lab.config["loss"] |= loss
+    lab.config["store"] = {"temperatures": []}
+    [told] = planned(cli, lab)["warnings"]
+    assert "but 16 entries a token, and the 16 draws are not used; set store.preset: bal" in told
+    checks = json.loads(cli("doctor", lab.write(), "--json").stdout)["checks"]
+    [check] = [one for one in checks if one["area"] == "loss"]
+    assert check["state"] == "warn" and check["todo"].endswith("it keeps 64")
+    for store in ({"preset": "balanced"}, {"k": 64}):
+        assert planned(cli, lab, store={"temperatures": [], **store})["warnings"] == []
+    lab.config["loss"] = {"chunk_tokens": 16}
+    assert planned(cli, lab)["warnings"] == [], "draws serve forward_kl"
+
+
 def test_what_does_not_fit_is_a_warning(
     lab: Lab, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +263,14 @@ def test_what_does_not_fit_is_a_warning(
     usage = namedtuple("usage", "total used free")(9, 8, 1)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: usage)
-        assert [w for w in planned(cli, lab)["warnings"] if w.startswith("disk: ")]
+        [told] = [w for w in planned(cli, lab)["warnings"] if w.startswith("disk: ")]
+        assert "(store.preset: compact, a smaller store.k, store.temperatures: [], no " in told
+        store = {"preset": "compact", "temperatures": []}
+        changes = {"store": store, "teachers__two__feature_layers": []}
+        lab.config["loss"] = {"chunk_tokens": 16}
+        lab.config["teachers"]["one"]["feature_layers"] = []
+        [told] = [w for w in planned(cli, lab, **changes)["warnings"] if w.startswith("disk: ")]
+        assert told.endswith("or store less (fewer store.draws, less text)")
     longest = "blocks are longer than the context of"
     told = planned(cli, lab, corpus__block_length=512)["warnings"]
     assert len(told) == 3 and all(longest in one for one in told)

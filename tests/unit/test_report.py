@@ -366,7 +366,10 @@ def test_verdict(fused: float, baseline: float | None, expected: list[str]) -> N
     [
         (
             [-0.25, -0.15],
-            ["beats", "18.1 per cent lower (95\u00a0% interval over held-out blocks: 13.9 to 22.1)."],
+            [
+                "beats",
+                "18.1 per cent lower (95\u00a0% interval over held-out blocks: 13.9 to 22.1).",
+            ],
         ),
         ([-0.45, 0.05], ["is not told apart from", "blocks: 36.2 lower to 5.1 higher)."]),
         (None, ["beats", "18.1 per cent lower."]),

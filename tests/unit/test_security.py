@@ -257,10 +257,11 @@ def test_a_digest_is_no_path_of_the_local_cache(cache: Path, tmp_path: Path, dig
     signed(first, objects={name: [1, digest] for name in body["objects"]})
     with pytest.raises(CorruptShard, match="cannot be"):
         manifest.read(first)
-    with pytest.raises(ScholiastError):
+    with pytest.raises(ScholiastError) as error:
         LocalCache(tmp_path / "local", 10**6).opened(
             digest, 1, lambda p: pytest.fail("fetched"), "x"
         )
+    assert "push --verify" in error.value.todo
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -102,9 +102,10 @@ def test_write_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_free_space_is_asked_for_before(tmp_path: Path) -> None:
-    durable.require_free(tmp_path / "not" / "yet", 1, "a test")
-    with pytest.raises(DiskFull, match="too little disk space for a test"):
-        durable.require_free(tmp_path / "not" / "yet", 1 << 60, "a test")
+    durable.require_free(tmp_path / "not" / "yet", 1, "a test", "less")
+    with pytest.raises(DiskFull, match="too little disk space for a test") as error:
+        durable.require_free(tmp_path / "not" / "yet", 1 << 60, "a test", "fewer of them")
+    assert "store less (fewer of them)" in error.value.todo
 
 
 def test_fingerprint_ignores_order_and_sees_values() -> None:

@@ -81,6 +81,7 @@ def test_reader_from_the_text_gives_what_ours_gives(
     assert np.any(logprobs == LOG_ZERO) and np.any(logprobs > -1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

@@ -161,6 +161,7 @@ def relied_on(root: Path) -> set[Path]:
     return files.union(*(shards_of(root, part) for part in parts))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_repair_and_run_end_in_the_same_bits(made: Lab, run: Path, cli: Cli, seed: int) -> None:
     """Several damages at once; what was sound is not done again."""

@@ -1,6 +1,6 @@
 """Trainings on several ranks: imports are paid once, each rank is a fork. Run by test_ranks.
 
-Usage: rank_runs.py CONFIG FOLDER; prints one JSON object, what each training came to.
+Usage: rank_runs.py CONFIG FOLDER main|more; prints one JSON object, what each training came to.
 """
 
 from __future__ import annotations
@@ -120,61 +120,78 @@ def latest(folder: Path) -> Path:
     return checkpoints / (checkpoints / "latest").read_text()
 
 
-def play(config: str, root: Path) -> dict[str, Any]:
-    """Trains in every way; the curves are read from the folders by the test."""
-    calm, moments = Plan(), random.Random(SEED)
-    came: dict[str, Any] = {}
+class Played:
+    """What trainings came to: name → step → the ends of its ranks."""
 
-    def go(name: str, step: str, plans: list[Plan], **settings: object) -> None:
-        came.setdefault(name, {})[step] = train(config, plans, run_dir=root / name, **settings)
+    def __init__(self, config: str, root: Path) -> None:
+        self.config, self.root = config, root
+        self.came: dict[str, Any] = {}
 
-    two, fsdp = [calm, calm], {"train__parallel": "fsdp"}
-    go("one", "all", [calm])
-    go("ddp", "all", two)
-    go("fsdp", "all", two, **fsdp)
-    lean = {"train__gradient_checkpointing": "true", "train__precision": "bf16", "train__steps": 4}
-    go("lean", "all", two, **fsdp, **lean)
-    go("lean_one", "all", [calm], **lean)
+    def go(self, name: str, step: str, plans: list[Plan], **settings: object) -> None:
+        ended = train(self.config, plans, **{"run_dir": self.root / name, **settings})
+        self.came.setdefault(name, {})[step] = ended
 
-    few = {"train__batch_blocks": 2, "train__accumulate": 2, "train__steps": 4}
-    gram = {"loss__features__kind": "gram", **few}
-    go("gram", "all", two, **gram)
-    go("gram_one", "all", [calm], **gram)
-    go("gram_cut", "all", two, **{**gram, "train__accumulate": 1})
-    frozen = {"loss__features__projection": "random", "loss__features__pairs": "auto", **few}
-    go("frozen", "killed", [calm, Plan({4: signal.SIGKILL})], **fsdp, **frozen)
-    go("frozen", "rest", [calm], **frozen)
-    go("frozen_one", "all", [calm], **frozen)
+
+CALM = Plan()
+TWO, FSDP = [CALM, CALM], {"train__parallel": "fsdp"}
+
+
+def main_runs(played: Played) -> None:
+    """Curves are read from the folders by the test."""
+    go, came, root, moments = played.go, played.came, played.root, random.Random(SEED)
+    go("one", "all", [CALM])
+    go("ddp", "all", TWO)
+    go("fsdp", "all", TWO, **FSDP)
 
     first, second = sorted(moments.sample(range(8, 19), 2))
     came["kills"] = [first, second]
     go("killed", "one", [Plan({first: signal.SIGKILL})], train__async_checkpoint="true")
-    go("killed", "fsdp", [calm, Plan({second: signal.SIGKILL})], **fsdp)
-    go("killed", "ddp", two)
-    go("moved", "ddp", [calm, Plan({first: signal.SIGKILL})], train__async_checkpoint="true")
-    go("moved", "one", [calm])
+    go("killed", "fsdp", [CALM, Plan({second: signal.SIGKILL})], **FSDP)
+    go("killed", "ddp", TWO)
+    go("moved", "ddp", [CALM, Plan({first: signal.SIGKILL})], train__async_checkpoint="true")
+    go("moved", "one", [CALM])
 
-    go("told", "usr1", [calm, Plan({5: signal.SIGUSR1})], **fsdp, train__async_checkpoint="true")
+    go("told", "usr1", [CALM, Plan({5: signal.SIGUSR1})], **FSDP, train__async_checkpoint="true")
     came["told"]["saved"] = latest(root / "told").name
     shutil.copytree(root / "told", root / "damaged")
     go("told", "term", [Plan({9: signal.SIGTERM}), Plan({9: signal.SIGTERM})])
     go("told", "alone", [Plan({12: signal.SIGTERM})])
-    go("told", "rest", [calm])
+    go("told", "rest", [CALM])
 
     flip(next(latest(root / "damaged").glob("rank-00001.safetensors")))
-    go("damaged", "two", two, **fsdp)
-    go("damaged", "one", [calm])
-    go("uneven", "three", [calm, calm, calm])
+    go("damaged", "two", TWO, **FSDP)
+    go("damaged", "one", [CALM])
+    go("uneven", "three", [CALM, CALM, CALM])
+
+
+def more_runs(played: Played) -> None:
+    """Further losses and layouts, and what fails on one rank alone."""
+    go, came, root = played.go, played.came, played.root
+    lean = {"train__gradient_checkpointing": "true", "train__precision": "bf16", "train__steps": 4}
+    go("lean", "all", TWO, **FSDP, **lean)
+    go("lean_one", "all", [CALM], **lean)
+
+    few = {"train__batch_blocks": 2, "train__accumulate": 2, "train__steps": 4}
+    gram = {"loss__features__kind": "gram", **few}
+    go("gram", "all", TWO, **gram)
+    go("gram_one", "all", [CALM], **gram)
+    go("gram_cut", "all", TWO, **{**gram, "train__accumulate": 1})
+    frozen = {"loss__features__projection": "random", "loss__features__pairs": "auto", **few}
+    go("frozen", "killed", [CALM, Plan({4: signal.SIGKILL})], **FSDP, **frozen)
+    go("frozen", "rest", [CALM], **frozen)
+    go("frozen_one", "all", [CALM], **frozen)
+
     cache = shutil.copytree(root.parent / "run/cache", root / "cache")
     flip(cache / "two/notes.zarr/entropy/c/0/0")
-    go("corrupt", "two", two, cache_dir=cache)
-    go("failed", "first", [Plan(fails=3), calm])
-    go("failed", "second", [calm, Plan(fails=3)], **fsdp)
-    go("full", "two", [calm, Plan(full_from=5)], **fsdp)
+    go("corrupt", "two", TWO, cache_dir=cache)
+    go("failed", "first", [Plan(fails=3), CALM])
+    go("failed", "second", [CALM, Plan(fails=3)], **FSDP)
+    go("full", "two", [CALM, Plan(full_from=5)], **FSDP)
     came["full"]["latest"] = latest(root / "full").name
-    return came
 
 
 if __name__ == "__main__":
     warm_up(sys.argv[1])
-    print(json.dumps(play(sys.argv[1], Path(sys.argv[2]))))
+    all_of_it = Played(sys.argv[1], Path(sys.argv[2]))
+    (main_runs if sys.argv[3] == "main" else more_runs)(all_of_it)
+    print(json.dumps(all_of_it.came))

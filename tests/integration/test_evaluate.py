@@ -75,6 +75,7 @@ def test_what_is_switched_off_is_left_out(trained: Lab) -> None:
     assert found["fused"]["overall"]["perplexity"] > 1
 
 
+@pytest.mark.long
 def test_a_training_without_evaluations_gives_the_same_student(trained: Lab, cli: Cli) -> None:
     folder = trained.root / "without"
     work = trained.workspace(

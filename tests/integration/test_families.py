@@ -139,6 +139,7 @@ def test_a_ready_configuration_loads_and_plans(
     assert not wrong, "depths, contexts, tokenizers, columns"
 
 
+@pytest.mark.long
 def test_padded_heads_of_two_sizes_run(hub: Path, tmp_path: Path, cli: Cli) -> None:
     """The same file, with short blocks and one step."""
     config = FOLDER / "qwen2.5.yaml"

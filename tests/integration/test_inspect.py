@@ -109,7 +109,10 @@ def test_bare_cache_shows_ids_and_the_same_rows(made: Lab, cli: Cli) -> None:
     assert [row["token"] for row in helped] == [row["token"] for row in named]
 
 
-@pytest.mark.parametrize("preset", ["exact", "balanced", "compact"])
+@pytest.mark.parametrize(
+    "preset",
+    ["compact", *(pytest.param(name, marks=pytest.mark.long) for name in ("exact", "balanced"))],
+)
 def test_rows_with_a_target_are_told_from_the_notes(made: Lab, tmp_path: Path, preset: str) -> None:
     """As they are stored: rounded statistics, a head that top_p cuts or that holds everything."""
     for k, top_p in ((8, 0.5), (made.vocab_size, 1.0)):

@@ -234,6 +234,7 @@ def test_a_pool_that_leaves_parts_does_not_call_the_cache_complete(
     assert result.exit_code == 1 and "parts are not finished" in result.output
 
 
+@pytest.mark.long
 def test_a_failed_worker_is_shown_with_the_end_of_its_log(lab: Lab, cli: Cli) -> None:
     config = lab.write()
     lab.workspace().prepare()

@@ -221,6 +221,7 @@ def test_every_block_is_run_by_one_of_these() -> None:
     assert {block.language for block in readme_blocks(README)} <= {"python", "yaml", "text"}
 
 
+@pytest.mark.long
 def test_schedules_features_checkpointing_and_bf16_are_ours_too(lab: Lab) -> None:
     """α falls, the weights ramp from uniform to EM's, features are aligned, bf16 by autocast."""
     changes = {

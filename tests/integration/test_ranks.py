@@ -37,23 +37,33 @@ def configure(lab: Lab, name: str = "ranks.yaml", **changes: Any) -> Path:
     return lab.write(name, **{**options, **changes})
 
 
-@pytest.fixture(scope="module")
-def played(lab_of_caches: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played_once(lab: Lab, factory: pytest.TempPathFactory, which: str) -> dict[str, Any]:
     """What every training of rank_runs.py came to, all from one process."""
 
     def make(folder: Path) -> None:
-        told = play(configure(lab_of_caches), lab_of_caches.root / "ranks", Path(__file__).parent)
+        told = play(configure(lab), lab.root / "ranks", which)
         folder.mkdir()
         (folder / "played.json").write_text(told)
 
-    text = (made_once(tmp_path_factory, "played", make) / "played.json").read_text()
+    text = (made_once(factory, f"played-{which}", make) / "played.json").read_text()
     found: dict[str, Any] = json.loads(text)
     return found
 
 
-def play(config: Path, folder: Path, here: Path) -> str:
+@pytest.fixture(scope="module")
+def played(lab_of_caches: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return played_once(lab_of_caches, tmp_path_factory, "main")
+
+
+@pytest.fixture(scope="module")
+def played_more(lab_of_caches: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return played_once(lab_of_caches, tmp_path_factory, "more")
+
+
+def play(config: Path, folder: Path, which: str) -> str:
+    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, here / "rank_runs.py", config, folder],
+        [sys.executable, here / "rank_runs.py", config, folder, which],
         capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(here)])},
     )  # fmt: skip
@@ -104,19 +114,27 @@ def test_two_ranks_give_the_curve_of_one(played: dict[str, Any], folder: Path, n
     require_same_curve(folder / name, folder / "one")
 
 
-def test_gram_matrices_are_of_the_same_micro_batches(played: dict[str, Any], folder: Path) -> None:
-    assert codes(played["gram"]["all"]) == [0, 0] and codes(played["gram_one"]["all"]) == [0]
+@pytest.mark.long
+def test_gram_matrices_are_of_the_same_micro_batches(
+    played_more: dict[str, Any], folder: Path
+) -> None:
+    assert codes(played_more["gram"]["all"]) == [0, 0] and codes(
+        played_more["gram_one"]["all"]
+    ) == [0]
     assert curve(folder / "gram_one")[1]["features"] > 1e-4
     require_same_curve(folder / "gram", folder / "gram_one", steps=4)
-    assert codes(played["gram_cut"]["all"]) == [2, 2]
-    assert all("take whole micro-batches" in text for _, text in played["gram_cut"]["all"])
+    assert codes(played_more["gram_cut"]["all"]) == [2, 2]
+    assert all("take whole micro-batches" in text for _, text in played_more["gram_cut"]["all"])
 
 
-def test_frozen_projections_are_the_same_on_all_ranks(played: dict[str, Any], folder: Path) -> None:
+@pytest.mark.long
+def test_frozen_projections_are_the_same_on_all_ranks(
+    played_more: dict[str, Any], folder: Path
+) -> None:
     """Two ranks, sharded; one killed after a checkpoint; the rest by one process."""
-    assert codes(played["frozen"]["killed"]) == [1, -signal.SIGKILL]
-    assert "going on from step 3" in played["frozen"]["rest"][0][1]
-    assert codes(played["frozen_one"]["all"]) == [0]
+    assert codes(played_more["frozen"]["killed"]) == [1, -signal.SIGKILL]
+    assert "going on from step 3" in played_more["frozen"]["rest"][0][1]
+    assert codes(played_more["frozen_one"]["all"]) == [0]
     require_same_curve(folder / "frozen", folder / "frozen_one", steps=4)
 
 
@@ -133,9 +151,12 @@ def test_what_is_exported_is_the_same_model(played: dict[str, Any], folder: Path
             assert float((other[name] - value).abs().max()) < 2e-3, name
 
 
-def test_sharded_bf16_with_checkpointed_layers(played: dict[str, Any], folder: Path) -> None:
+@pytest.mark.long
+def test_sharded_bf16_with_checkpointed_layers(played_more: dict[str, Any], folder: Path) -> None:
     """Layers gathered as bfloat16 follow autocast in one process, up to bfloat16's rounding."""
-    assert codes(played["lean"]["all"]) == [0, 0] and codes(played["lean_one"]["all"]) == [0]
+    assert codes(played_more["lean"]["all"]) == [0, 0] and codes(
+        played_more["lean_one"]["all"]
+    ) == [0]
     require_same_curve(folder / "lean", folder / "lean_one", tolerance=2e-2, steps=4)
 
 
@@ -177,26 +198,31 @@ def test_a_damaged_checkpoint_is_refused_by_all(played: dict[str, Any]) -> None:
         assert all("rank-00001.safetensors" in text for _, text in ends)
 
 
-def test_an_error_on_one_rank_ends_all_with_its_text(played: dict[str, Any]) -> None:
-    ends = played["corrupt"]["two"]
+@pytest.mark.long
+def test_an_error_on_one_rank_ends_all_with_its_text(played_more: dict[str, Any]) -> None:
+    ends = played_more["corrupt"]["two"]
     assert codes(ends) == [1, 1] and all("sha256 is not the one" in text for _, text in ends)
     assert sum("failed: a shard" in text for _, text in ends) == 1, "only one rank reads that shard"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["first", "second"])
-def test_a_computation_that_fails_ends_all_with_its_text(played: dict[str, Any], name: str) -> None:
+def test_a_computation_that_fails_ends_all_with_its_text(
+    played_more: dict[str, Any], name: str
+) -> None:
     """The other rank waits in a collective, finds the connection closed and is told why."""
-    ends = played["failed"][name]
+    ends = played_more["failed"][name]
     assert codes(ends) == [1, 1]
     failing = name == "second"
     assert "MemoryError: nothing is left" in ends[failing][1]
     assert f"rank {int(failing)} failed: MemoryError: nothing is left" in ends[not failing][1]
 
 
-def test_a_disk_full_on_one_rank_leaves_the_earlier_checkpoint(played: dict[str, Any]) -> None:
-    ends = played["full"]["two"]
+@pytest.mark.long
+def test_a_disk_full_on_one_rank_leaves_the_earlier_checkpoint(played_more: dict[str, Any]) -> None:
+    ends = played_more["full"]["two"]
     assert codes(ends) == [1, 1] and all("the disk is full" in text for _, text in ends)
-    assert played["full"]["latest"] == "step-00000003"
+    assert played_more["full"]["latest"] == "step-00000003"
 
 
 def test_steps_that_do_not_come_out_even_are_refused(played: dict[str, Any]) -> None:

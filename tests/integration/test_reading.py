@@ -84,6 +84,7 @@ def test_subset_of_teachers_and_of_entries(lab: Lab, cli: Any) -> None:
     assert batch.target.ids.shape[-1] == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bare", ["one", "two"])
 def test_a_teacher_without_features_has_no_segments_to_disagree_about(lab: Lab, bare: str) -> None:
     """Its segments count the fused weights of the others' features all the same."""

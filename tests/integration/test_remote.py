@@ -92,7 +92,10 @@ def batches_of(work: Any, steps: int = 12, **how: int) -> list[Batch]:
     return found
 
 
-@pytest.mark.parametrize("how", [{}, {"workers": 2}, {"workers": 2, "fetch_threads": 3}])
+@pytest.mark.parametrize(
+    "how",
+    [{}, pytest.param({"workers": 2}, marks=pytest.mark.long), {"workers": 2, "fetch_threads": 3}],
+)
 def test_joined_reading_from_s3_is_bit_equal(
     pushed: Lab, tmp_path: Path, how: dict[str, int]
 ) -> None:
@@ -268,6 +271,7 @@ def test_pushing_again_sends_no_part_and_a_broken_copy_is_finished(
     assert s3.cat_file(whole) == data
 
 
+@pytest.mark.long
 def test_pushing_over_something_else_is_refused(pushed: Lab, s3: Any) -> None:
     before = sorted(s3.find("tests/lab/cache"))
     other = pushed.workspace(store__k=4, run_dir=str(pushed.root / "other"))

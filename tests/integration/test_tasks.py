@@ -244,10 +244,10 @@ def test_a_part_of_another_job_is_waited_for(
 
 
 def test_a_dead_task_of_another_host_is_waited_for(lab: Lab, cli: Cli) -> None:
-    config = one_teacher(lab, 8, cluster={"lease": 1.2})
+    config = one_teacher(lab, 8, cluster={"lease": 5.0})
     lab.workspace().prepare()
     cache = lab.root / "run/cache/one"
-    Leases(cache, holder(lifetime=1.2)).take(2)
+    Leases(cache, holder(lifetime=5.0)).take(2)
     result = cli("cache-teachers", config, "--task", 0, "--tasks", 1)
     assert result.exit_code == 0 and "left to" not in result.output
     assert computed(cache)[-1] == 2, "done last, once its lease had expired"

@@ -252,8 +252,14 @@ def looks_unbiased(drawn: npt.NDArray[np.int64], p: Float64, kept: list[int], dr
     return bool(np.abs(z).max() < 5.0 and (z**2).mean() < 1.4 and abs(z_rare) < 5.0)
 
 
-@pytest.mark.parametrize("scale", [0.5, 2.0])
-@pytest.mark.parametrize("top_p", [1.0, 0.2])
+@pytest.mark.parametrize(
+    ("scale", "top_p"),
+    [
+        (0.5, 1.0),
+        (2.0, 0.2),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in ((0.5, 0.2), (2.0, 1.0))),
+    ],
+)
 def test_head_and_draws_estimate_the_distribution_without_bias(scale: float, top_p: float) -> None:
     rows, draws = 20_000, 4
     row = random(1, 203, scale, seed=1)

@@ -37,7 +37,7 @@ from storage.verify import verify
 from storage.writer import CacheWriter, open_cache
 
 Cli = Callable[..., Any]
-CASES = 25
+CASES = 15
 """Of each target and decoder, with a seed that is always the same."""
 
 

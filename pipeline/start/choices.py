@@ -210,7 +210,7 @@ def compose(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
         "store": {"preset": "compact"},
         "fusion": {"weights": "entropy"},
         "student": _student(job),
-        "loss": {"alpha": 0.9, "temperature": 1.0, "features": {"weight": 0.1, "pairs": "auto"}},
+        "loss": {"alpha": 0.9, "temperature": 1.0, "features": {"weight": 0.0, "pairs": "auto"}},
         "train": train,
         "evaluate": {"prompt_tokens": prompt, "new_tokens": min(64, length // 4)},
     }  # fmt: skip
@@ -285,7 +285,7 @@ def _comments(job: Job, teachers: Mapping[str, Any], length: int) -> dict[str, s
         "student.keep_layers": "evenly spread; 0 is the first",
         "loss.alpha": "share of the teachers against the text itself",
         "loss.temperature": "or 1.5 or 2, which the notes serve too",
-        "loss.features.weight": "of aligning hidden states; 0 switches it off",
+        "loss.features.weight": "of aligning hidden states; 0.1 made no difference in stages/RESULTS.md",
         "loss.features.pairs": "the student's layer at the same relative depth",
         "evaluate.prompt_tokens": "of held-out text, continued for the report",
     }

@@ -49,7 +49,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `init` writes as run.yaml, features and all, its caches, and the student."""
+    """A folder with what `init` writes as run.yaml, features aligned, its caches, and the student."""
     from click.testing import CliRunner
 
     from pipeline.cli import main
@@ -60,7 +60,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoTokenizer.from_pretrained(root / "a").save_pretrained(root / "student")
     flags = ["--yes", "--device", "cpu", "--block-length", "32", "--teacher", f"one={root}/a",
              "--teacher", f"two={root}/b", "--student", f"{root}/student", "--run-dir", f"{root}/run",
-             "--source", f"x={root}/x.jsonl", "--set", "threads=1",
+             "--source", f"x={root}/x.jsonl", "--set", "threads=1", "--set", "loss.features.weight=0.1",
              "--set", f"train={json.dumps(TRAIN)}"]  # fmt: skip
     for words in (["init", f"{root}/run.yaml", *flags], ["cache-teachers", f"{root}/run.yaml"]):
         done = CliRunner().invoke(main, words)

@@ -32,6 +32,7 @@ from pipeline.reproduce.rows import (
     ENSEMBLE,
     MULTITASK,
     ONLINE,
+    REFERENCE,
     SENSITIVITY,
     UNIFORM,
 )
@@ -39,13 +40,13 @@ from storage import durable
 
 NAMES: Final = {
     "perplexity": "perplexity", "kd": "distillation loss", "ce": "held-out loss", "ece": "ECE",
-    "bleu": "BLEU, greedy", "rouge_l": "ROUGE-L, greedy", "answer_rouge_l": "ROUGE-L of answers",
+    "answer_rouge_l": "ROUGE-L of answers",
     "accuracy": "accuracy",
     "sampled_bleu": "BLEU", "sampled_rouge_l": "ROUGE-L", "bytes_per_token": "bytes a token",
     "training_seconds": "training, s",
 }  # fmt: skip
 FORMS: Final = {
-    "perplexity": ".1f", "kd": ".3f", "ce": ".3f", "ece": ".3f", "bleu": ".2f", "rouge_l": ".3f",
+    "perplexity": ".1f", "kd": ".3f", "ce": ".3f", "ece": ".3f",
     "sampled_bleu": ".2f", "sampled_rouge_l": ".3f", "answer_rouge_l": ".3f", "accuracy": ".3f",
     "bytes_per_token": ".1f", "training_seconds": ".0f",
 }  # fmt: skip
@@ -132,7 +133,7 @@ def _table(results: Results, about: Mapping[str, Any], table: str) -> str:
         if row == BEST_SINGLE and (best := results.best_single(table)):
             name = f"{BEST_SINGLE}: {best.partition(': ')[2]}, picked on the held-out text"
         seeds = max(len(results.seeds(table, row, m)) for m in columns)
-        if 1 < seeds < about["seeds"] or (seeds == 1 and row not in _constant(results, table)):
+        if seeds < about["seeds"] and row not in _constant(results, table):
             name += f" ({seeds} of {about['seeds']} seeds)"
         rows.append([name, *(_cell(results.spread(table, row, m), m) for m in columns)])
     return markdown(["", *(_heading(m) for m in columns)], rows)
@@ -151,8 +152,10 @@ def _columns(results: Results, table: str) -> list[str]:
 
 
 def _differences(results: Results, table: str) -> str:
-    """Returns paired differences to cross-entropy, uniform weights and the online bound."""
-    others = [o for o in (CE, UNIFORM, ONLINE) if o in results.rows[table]]
+    """Returns paired differences to cross-entropy, uniform weights and the online bound; of table 2 to
+    the reference."""
+    rivals = (REFERENCE,) if table == SENSITIVITY else (CE, UNIFORM, ONLINE)
+    others = [o for o in rivals if o in results.rows[table]]
     metrics = [m for m in (CE_LOSS, KD) if m in results.metrics[table]]
     columns = [(o, m) for o in others for m in metrics]
     rows = []
@@ -208,8 +211,8 @@ def _claims(results: Results) -> str:
     return (
         "## The claims\n\nWhat arXiv 2507.15198 claims, answered by differences paired by seed: the "
         "mean, in brackets its 95 % interval by Student's t, and in how many seeds the claim holds. "
-        f'"Yes" and "no" need {SEEDS} seeds and an interval that leaves zero out; of {len(asked)} '
-        f"answers chance alone would still give some {max(1, round(0.05 * len(asked)))}. Held-out loss "
+        f'"Yes" and "no" need {SEEDS} seeds and an interval that leaves zero out: chance alone gives one '
+        f"answer in twenty, and there are {sum(one.judged for one in asked)}. Held-out loss "
         "is the cross-entropy in nats a token, the logarithm of perplexity, in which no seed outweighs "
         "the others. Rows of different weights are not compared by distillation loss, as its target has "
         "entropy weights. BLEU and ROUGE-L are of sampled text; seeds do not vary the prompts, so their "
@@ -219,8 +222,7 @@ def _claims(results: Results) -> str:
 
 
 def _kind(metric: str) -> str:
-    name = metric.split("/")[0]
-    return "sampled_rouge_l" if name == "answer_rouge_l" else name
+    return metric.split("/")[0]
 
 
 def _cell(found: Spread | None, metric: str, sign: str = "") -> str:

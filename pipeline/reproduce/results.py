@@ -24,7 +24,7 @@ BLEU, ROUGE = "sampled_bleu/overall", "sampled_rouge_l/overall"
 """Of sampled text: what a weak student writes greedily repeats itself, and its scores say nothing."""
 ANSWERS: Final = "answer_rouge_l/docstrings"
 BEST_SINGLE, MEAN_SINGLE = "best single", "mean of the single teachers"
-DISTINCT: Final = 0.1  # a tenth of a greedy text's tokens: held-out text has more than a half
+DISTINCT: Final = 0.1  # a tenth of a text's tokens: held-out text has more than a half
 SEEDS: Final = 3
 """What a verdict needs at least."""
 T975: Final = (
@@ -194,6 +194,11 @@ class Answer:
     favour: int
     seeds: int
     babble: bool
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are seeds enough and something to judge."""
+        return self.seeds >= SEEDS and not self.babble
 
     @property
     def verdict(self) -> str:

@@ -42,6 +42,8 @@ NUMBERS: Final = {"1": APPROACHES, "2": SENSITIVITY, "3": ENCODINGS, "4": MULTIT
 CE, UNIFORM, ENTROPY, FULL = "cross-entropy only", "uniform", "entropy", "entropy + features"
 ONLINE, ENSEMBLE, SINGLE = "online, whole distributions", "ensemble, no training", "single: "
 ALONE: Final = "teacher alone: "
+REFERENCE: Final = "temperature 1.0"
+"""The row of table 2 that changes nothing, by this name or others."""
 
 Kind = Literal["cached", "online", "notes"]
 

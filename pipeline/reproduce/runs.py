@@ -150,15 +150,15 @@ def require_one_origin(harness: Harness, mixed: bool, ours: Mapping[str, Any]) -
     for row, folder in harness.folders():
         if row.mixed != mixed or not (folder / FIGURES).exists():
             continue
-        theirs = json.loads((folder / FIGURES).read_text())["learned_from"]
+        theirs = json.loads((folder / FIGURES).read_text()).get("learned_from", {})
         differ = [name for name in ours if theirs.get(name) != ours[name]]
         if differ:
             raise ConfigError(
                 f"a finished run cannot be compared with those made here: {', '.join(differ)} differ",
                 where=folder, expected={name: ours[name] for name in differ},
                 found={name: theirs.get(name) for name in differ},
-                todo="give another --folder; runs taken from elsewhere need the same text, models, "
-                "precision and versions",
+                todo="give another --folder, or delete this run; runs taken from elsewhere "
+                "need the same text, models, precision and versions",
             )  # fmt: skip
 
 
@@ -242,8 +242,8 @@ def require_comparable(harness: Harness) -> None:
     for mixed in (False, True):
         done = [f for row, f in harness.folders() if row.mixed == mixed and (f / FIGURES).exists()]
         if done:
-            first = json.loads((done[0] / FIGURES).read_text())
-            require_one_origin(harness, mixed, first["learned_from"])
+            first = json.loads((done[0] / FIGURES).read_text()).get("learned_from")
+            require_one_origin(harness, mixed, first or {"corpus": "told by no run of before"})
 
 
 def collect(harness: Harness, rows: Sequence[Row], seeds: int) -> list[dict[str, Any]]:

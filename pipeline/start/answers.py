@@ -304,7 +304,7 @@ def _add_source(text: str, key: str, split: str, flags: Flags, answers: Answers)
     for one in found:
         column = one.options.messages_field or one.options.text_field
         answers.say(
-            f"  {one.options.domain}: {one.options.format}, {'' if one.exact else 'about '}"
+            f"  {one.options.domain}: {one.options.format}, {one.how_sure}"
             f"{one.documents:,} document{'' if one.documents == 1 else 's'} in {one.options.path}"
             f"{'' if one.options.format == 'text' else f', column {column}'}"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.console import about, human_bytes
+from pipeline.console import human_bytes
 from pipeline.planning.fits import tail_problem
 from pipeline.start.checks import BAD, OK, WARN, Check, failed, folder
 from pipeline.start.models import ModelFacts, look_at, look_at_config
@@ -210,9 +210,7 @@ def _source(source: SourceOptions, key: str, tokenizer: Any) -> tuple[Found, Che
         what = "the column holds chats, and the configuration says text"
         return found, Check("text", name, BAD, what, "set messages_field in place of text_field")
     if tokenizer is None:
-        return found, Check(
-            "text", name, OK, f"{about(found.documents, not found.whole)} documents"
-        )
+        return found, Check("text", name, OK, f"{found.how_sure}{found.documents:,} documents")
     found = count_tokens(found, key, tokenizer)
     if found.whole and source.heldout:
         held, kept = sides(found, key, tokenizer)

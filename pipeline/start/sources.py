@@ -56,12 +56,17 @@ class Found:
         return self.whole or (told and not self.options.passage_chars)
 
     @property
+    def how_sure(self) -> str:
+        """What is said before the number of documents."""
+        return "" if self.exact else "at least " if self.more else "about "
+
+    @property
     def about(self) -> str:
         """One line for people."""
         column = self.options.messages_field or self.options.text_field
         what = "passages" if self.options.passage_chars else "texts"
         what = "chats" if self.options.messages_field else what
-        counted = "" if self.exact else "at least " if self.more else "about "
+        counted = self.how_sure
         where = "" if self.options.format == "text" else f' in "{column}"'
         tokens = f"{'at least' if self.more else 'about'} {self.tokens:,} tokens"
         return f"{counted}{self.documents:,} {what}{where}, {tokens}"

@@ -297,8 +297,12 @@ def test_runs_that_learned_from_something_else_are_refused(lab: Lab) -> None:
     assert take_runs(harness, {other.folder.name: figures}, 1) == 1
     with pytest.raises(ConfigError, match="corpus, clip differ"):
         save_results(harness, 1, lab.root / "page.md")
+    del figures["learned_from"]  # as before runs told of it
+    (other.folder / FIGURES).write_text(json.dumps(figures))
+    with pytest.raises(ConfigError, match=r"caches, .*clip, precision differ"):
+        save_results(harness, 1, lab.root / "page.md")
     third = tasks_of(harness, named(harness, FULL), 1)[0]
-    with pytest.raises(ConfigError, match="corpus, clip differ"):
+    with pytest.raises(ConfigError, match=r"caches, .*clip, precision differ"):
         perform(harness, third, keep=False)
     assert not (third.folder / "students").exists()
 
@@ -316,9 +320,9 @@ def test_runs_that_learned_from_something_else_are_refused(lab: Lab) -> None:
 def test_wrong_usage_is_refused(
     lab: Lab, cli: Callable[..., Any], arguments: tuple[str, ...], said: str
 ) -> None:
-    result = cli("reproduce", lab.write(), *arguments)
-    assert result.exit_code and said in result.output
-    assert not list(Path("runs/reproduce").glob(".preparing*"))
+    result = cli("reproduce", lab.write(), "--folder", lab.root / "evidence", *arguments)
+    assert result.exit_code == 2 and said in result.output
+    assert not (lab.root / "evidence").exists()
 
 
 def test_the_online_gradient_is_autograds() -> None:

@@ -152,6 +152,18 @@ def hub_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [("--source x", "--field x=COLUMN"), ("corpus.sources.3", "set corpus.sources.3.text_field")],
+)
+def test_a_column_is_named_where_the_source_was(tmp_path: Path, key: str, told: str) -> None:
+    rows_file(tmp_path / "x.jsonl", [{"a": "text", "b": "more"}] * 3)
+    source = SourceOptions(domain="x", format="jsonl", path=str(tmp_path / "x.jsonl"))
+    with pytest.raises(ConfigError, match="cannot be told which column") as caught:
+        look_at(source, key)
+    assert told in caught.value.todo
+
+
 def test_a_stream_that_does_not_tell_its_length_is_at_least_so_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -250,12 +250,12 @@ def _column(
             todo='give a source that has one; chats are lists of {"role": …, "content": …}',
         )  # fmt: skip
     flag = f"name the column with --field {source.domain}=COLUMN"
-    named = flag if key.startswith("--") else f"set {key}.text_field or messages_field"
+    todo = flag if key.startswith("--") else f"set {key}.text_field or messages_field"
     raise ConfigError(
         UNTOLD if field is None
         else f"the column {field!r} holds neither text nor chat messages in every row",
         where=where, found=found,
-        todo=f'{named}; chats are lists of {{"role": …, "content": …}}',
+        todo=f'{todo}; chats are lists of {{"role": …, "content": …}}',
     )  # fmt: skip
 
 

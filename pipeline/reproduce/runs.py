@@ -158,7 +158,7 @@ def require_one_origin(harness: Harness, mixed: bool, ours: Mapping[str, Any]) -
                 where=folder, expected={name: ours[name] for name in differ},
                 found={name: theirs.get(name) for name in differ},
                 todo="give another --folder, or delete this run; runs taken from elsewhere "
-                "need the same text, models, precision and versions",
+                "need the same text, models, precision and schedule",
             )  # fmt: skip
 
 
